@@ -1,0 +1,1052 @@
+"""The model: a ViT that sees, a connector that translates, a Qwen3 decoder that talks.
+
+    patches [num_crops, num_patches, patch_dim] uint8
+       │  VisionTransformer   CLIP or SigLIP2, features of one or more layers
+       ▼
+    features [num_crops, num_patches, vision width x layers]
+       │  Connector           each visual token pools the patches that `pool_index` names: mean + linear, mean + MLP,
+       ▼                      or Molmo2's attention pooling + SwiGLU
+    visual tokens [num_visual_tokens, width]
+       │  written into (nano) or added to (molmo2) the embeddings of the placeholder tokens
+       ▼
+    Decoder                   Qwen3: RMSNorm, rotary positions, q/k norm, grouped-query attention, SwiGLU
+       ▼
+    hidden [B, L, width]  ->  logits only where there is a loss weight, a chunk at a time
+
+Notable: the ViT takes patches, so its convolution is a linear layer; layers above the last feature layer are not built;
+the mask is made once per batch by `make_mask` and handed down; parameter names are Hugging Face's, so loading a
+checkpoint is a rule of prefixes (`RULES`) and a saved folder opens in transformers. No data handling here.
+
+    python model.py [config/stage1.py] [--key=value]     parameters, what trains, memory by stage
+"""
+import json
+import math
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+
+class UserError(ValueError):
+    """Something the user can put right. The message says what, where and what to do; scripts print it and exit."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes. Figures from the released config.json files and transformers 5.23 (CLIP, SigLIP, Qwen3).
+
+@dataclass
+class VisionConfig:
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int                        # of the released tower; only those up to the last feature layer are built
+    num_heads: int
+    image_size: int                        # pixels a side of the position table
+    patch_size: int
+    style: str = 'clip'                    # clip: class token, LayerNorm after the embeddings, patches without bias
+    activation: str = 'quick_gelu'
+    layer_norm_eps: float = 1e-5
+    feature_layers: tuple = (-2,)          # blocks whose outputs are concatenated; negative counts from the end
+
+    def __post_init__(self):
+        self.feature_layers = tuple(range(self.num_layers)[i] for i in self.feature_layers)
+        self.num_layers = max(self.feature_layers) + 1
+
+    @property
+    def feature_size(self):
+        return self.hidden_size * len(self.feature_layers)
+
+
+@dataclass
+class LanguageConfig:
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int = 128
+    vocab_size: int = 151936
+    extra_vocab_size: int = 0              # rows of the embedding beyond the output's vocabulary (molmo2)
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 40960
+
+
+def _siglip2(hidden, mlp, layers, heads, image):
+    return dict(hidden_size=hidden, intermediate_size=mlp, num_layers=layers, num_heads=heads, image_size=image,
+                patch_size=14, style='siglip', activation='gelu_pytorch_tanh', layer_norm_eps=1e-6)
+
+
+def _clip(hidden, mlp, layers, heads, image, patch):
+    return dict(hidden_size=hidden, intermediate_size=mlp, num_layers=layers, num_heads=heads, image_size=image,
+                patch_size=patch)
+
+
+def _qwen3(hidden, mlp, layers, heads, tied=True, theta=1e6, positions=40960):
+    return dict(hidden_size=hidden, intermediate_size=mlp, num_layers=layers, num_heads=heads, num_kv_heads=8,
+                tie_word_embeddings=tied, rope_theta=theta, max_position_embeddings=positions)
+
+
+VISION = {                                 #            width   mlp  layers heads image patch
+    'openai/clip-vit-large-patch14-336': _clip(          1024, 4096, 24, 16, 336, 14),
+    'openai/clip-vit-large-patch14': _clip(              1024, 4096, 24, 16, 224, 14),
+    'google/siglip2-so400m-patch14-384': _siglip2(       1152, 4304, 27, 16, 378),
+}
+LANGUAGE = {                               #            width   mlp  layers heads
+    'Qwen/Qwen3-0.6B': _qwen3(                           1024, 3072, 28, 16),
+    'Qwen/Qwen3-1.7B': _qwen3(                           2048, 6144, 28, 16),
+    'Qwen/Qwen3-4B': _qwen3(                             2560, 9728, 36, 32),
+    'Qwen/Qwen3-4B-Instruct-2507': _qwen3(               2560, 9728, 36, 32, theta=5e6, positions=262144),
+    'Qwen/Qwen3-8B': _qwen3(                             4096, 12288, 36, 32, tied=False),
+}
+# Pixels are scaled as the tower was trained: (x / 255 - mean) / std
+PIXEL_STATS = {'clip': ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+               'siglip': ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
+# The visual tokens of the released Molmo2 tokenizer: all but the text placeholders 151941 and 151945
+MOLMO2_VISUAL_IDS = (151936, 151937, 151938, 151939, 151940, 151942, 151943, 151944)
+
+
+@dataclass
+class Config:
+    vision: VisionConfig
+    language: LanguageConfig
+    recipe: str = 'nano'                   # nano: features replace the placeholder's embedding, causal
+    #                                        molmo2: features are added to it, visual tokens see one another
+    connector: str = 'linear'              # linear | mlp (both after a mean over the window) | molmo2
+    connector_size: int = 0                # width inside molmo2's SwiGLU; 0: as the decoder's
+    pooling: int = 2                       # window of an image, in patches a side
+    image_token_id: int = 151655           # <|image_pad|> or <im_patch>
+    video_token_id: int = 151656
+    eos_token_id: int = 151645             # <|im_end|>
+    pad_token_id: int = 151643             # <|endoftext|>
+    visual_token_ids: tuple = ()           # molmo2: tokens that see one another
+
+    def __post_init__(self):
+        if isinstance(self.vision, dict):
+            self.vision = VisionConfig(**self.vision)
+        if isinstance(self.language, dict):
+            self.language = LanguageConfig(**self.language)
+        self.connector_size = self.connector_size or self.language.intermediate_size
+        self.visual_token_ids = tuple(self.visual_token_ids) or (MOLMO2_VISUAL_IDS if self.recipe == 'molmo2' else ())
+        for name, value, known in (('recipe', self.recipe, ('nano', 'molmo2')),
+                                   ('connector', self.connector, ('linear', 'mlp', 'molmo2'))):
+            if value not in known:
+                raise UserError(f"{name} = '{value}' is not one of {', '.join(known)}")
+
+
+def make_config(vision, language, **rest):
+    """A Config from names in the tables above, or from dicts of sizes."""
+    def size(table, value, what):
+        if isinstance(value, str):
+            if value not in table:
+                raise UserError(f"{what} = '{value}' is not in the table of model.py; it has: {', '.join(table)}")
+            return table[value]
+        return value
+    vision = dict(size(VISION, vision, 'vision'))
+    if rest.get('recipe') == 'molmo2':
+        vision.setdefault('feature_layers', (-3, -9))
+    return Config(vision, size(LANGUAGE, language, 'language'), **rest)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention and its mask
+
+def mask_rule(document_ids, branch_ids, visual=None):
+    """sees(row, head, i, j): may query i look at key j? In the form that FlexAttention takes.
+
+    Yes when both are of one document, and j <= i (or, if `visual` is given, both are visual tokens: the molmo2
+    recipe), and j is in the document's shared part (branch 0) or on i's own branch.
+    """
+    def sees(b, head, i, j):
+        order = j <= i
+        if visual is not None:
+            order = order | (visual[b, i] & visual[b, j])
+        same = document_ids[b, i] == document_ids[b, j]
+        return same & order & ((branch_ids[b, j] == 0) | (branch_ids[b, i] == branch_ids[b, j]))
+    return sees
+
+
+def make_mask(document_ids, branch_ids, visual=None):
+    """Who sees whom in a packed batch by `mask_rule`, once for all layers.
+
+    document_ids, branch_ids [B, L] int, visual [B, L] bool or None. Padding is document -1 and sees itself, so that no
+    row of the softmax is empty.
+    Returns a dense boolean [B, 1, L, L] on the CPU, a FlexAttention block mask (no L x L array) on CUDA.
+    """
+    B, L = document_ids.shape
+    sees = mask_rule(document_ids, branch_ids, visual)
+    if document_ids.is_cuda:
+        return create_block_mask(sees, B, None, L, L, device=document_ids.device, _compile=True)
+    b, i, j = torch.arange(B)[:, None, None], torch.arange(L)[:, None], torch.arange(L)
+    return sees(b, None, i, j)[:, None]                                                          # [B, 1, L, L]
+
+
+_flex_attention = torch.compile(flex_attention)  # compiles at its first call, which only CUDA makes
+
+
+def attention(query, key, value, mask):
+    """query [B, heads, L, D], key and value [B, kv heads, S, D] -> [B, heads, L, D].
+
+    mask: None (all see all), 'causal', boolean [B, 1, L, S], or a block mask. Query head h reads key head
+    h // (heads / kv heads).
+    """
+    if isinstance(mask, BlockMask):
+        return _flex_attention(query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1])
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask if torch.is_tensor(mask) else None,
+                                          is_causal=isinstance(mask, str), enable_gqa=query.shape[1] != key.shape[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vision
+
+ACTIVATION = {
+    'quick_gelu': lambda x: x * torch.sigmoid(1.702 * x),
+    'gelu': F.gelu,
+    'gelu_pytorch_tanh': lambda x: F.gelu(x, approximate='tanh'),
+}
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads = config.num_heads
+        for name in ('q_proj', 'k_proj', 'v_proj', 'out_proj'):
+            setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size))
+
+    def forward(self, x):                                                                        # [N, P, D]
+        query, key, value = (f(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)            # [N, heads, P, d]
+                             for f in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attention(query, key, value, None).transpose(1, 2).flatten(2))
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.activation = ACTIVATION[config.activation]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.self_attn = VisionAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = VisionMLP(config)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class VisionEmbeddings(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.grid = config.image_size // config.patch_size
+        self.patch_embedding = nn.Linear(3 * config.patch_size ** 2, config.hidden_size, bias=config.style != 'clip')
+        self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size)) if config.style == 'clip' else None
+        rows = self.grid ** 2 + (config.style == 'clip')   # row 0 belongs to the class token
+        self.position_embedding = nn.Embedding(rows, config.hidden_size)
+
+    def positions(self, grid):
+        """The position table [rows, D], its patch part resized (bicubic) when the picture's grid differs."""
+        table = self.position_embedding.weight
+        if grid == (self.grid, self.grid):
+            return table
+        first, table = table[:-self.grid ** 2], table[-self.grid ** 2:]
+        table = table.view(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)                      # [1, D, g, g]
+        table = F.interpolate(table.float(), size=grid, mode='bicubic', align_corners=False).to(first.dtype)
+        return torch.cat([first, table.flatten(2)[0].T])
+
+    def forward(self, patches, grid):
+        x = self.patch_embedding(patches)                                                        # [N, P, D]
+        if self.class_embedding is not None:
+            x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1)        # [N, 1 + P, D]
+        return x + self.positions(grid)
+
+
+class VisionTransformer(nn.Module):
+    """CLIP (Radford et al. 2021) and SigLIP2 (Tschannen et al. 2025) towers.
+
+    forward: patches [N, P, patch_dim] as the tower wants its pixels, grid (rows, columns) with rows x columns = P
+    -> [N, P, hidden_size x len(feature_layers)], the class token dropped.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embeddings = VisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.style == 'clip' else None
+        self.encoder = nn.ModuleDict({'layers': nn.ModuleList(VisionBlock(config) for _ in range(config.num_layers))})
+
+    def forward(self, patches, grid):
+        x = self.embeddings(patches, grid)
+        if self.pre_layrnorm is not None:
+            x = self.pre_layrnorm(x)
+        outputs = {}
+        for i, block in enumerate(self.encoder['layers']):
+            x = block(x)
+            if i in self.config.feature_layers:
+                outputs[i] = x[:, 1:] if self.config.style == 'clip' else x
+        return torch.cat([outputs[i] for i in self.config.feature_layers], -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Connector
+
+class AttentionPooling(nn.Module):
+    """Molmo2's pooling: the mean of a window attends to the window (transformers, Molmo2Adapter)."""
+
+    def __init__(self, config):
+        super().__init__()
+        inside, width = config.vision.feature_size, config.vision.hidden_size
+        self.num_heads = config.vision.num_heads
+        for name in ('q_proj', 'k_proj', 'v_proj'):
+            setattr(self, name, nn.Linear(inside, width))
+        self.o_proj = nn.Linear(width, width)
+
+    def forward(self, x, valid):                                                    # [T, W, inside], [T, W] bool
+        mean = x.sum(1, keepdim=True) / valid.sum(1)[:, None, None].clamp(min=1)                 # [T, 1, inside]
+        query, key, value = (f(y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)            # [T, heads, ., d]
+                             for f, y in ((self.q_proj, mean), (self.k_proj, x), (self.v_proj, x)))
+        x = attention(query, key, value, valid[:, None, None])                                   # [T, heads, 1, d]
+        return self.o_proj(x.flatten(1))                                                         # [T, width]
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, inside, hidden, outside):
+        super().__init__()
+        self.gate_proj = nn.Linear(inside, hidden, bias=False)
+        self.up_proj = nn.Linear(inside, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, outside, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Connector(nn.Module):
+    """features [N, P, C], pool_index [T, W] into the flattened N x P axis (-1: nothing there) -> [T, width]."""
+
+    def __init__(self, config):
+        super().__init__()
+        inside, width = config.vision.feature_size, config.language.hidden_size
+        self.kind = config.connector
+        if self.kind == 'molmo2':
+            self.image_pooling_2d = AttentionPooling(config)
+            self.image_projector = SwiGLU(config.vision.hidden_size, config.connector_size, width)
+        else:
+            self.linear_1 = nn.Linear(inside, width)
+            if self.kind == 'mlp':
+                self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, features, pool_index):
+        valid = pool_index >= 0
+        x = features.flatten(0, 1)[pool_index.clamp(min=0)] * valid[..., None]                   # [T, W, C]
+        if self.kind == 'molmo2':
+            return self.image_projector(self.image_pooling_2d(x, valid))
+        x = x.squeeze(1) if x.shape[1] == 1 else x.sum(1) / valid.sum(1, keepdim=True)           # [T, C]
+        x = self.linear_1(x)
+        return self.linear_2(F.gelu(x)) if self.kind == 'mlp' else x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Language: Qwen3 (technical report, arXiv 2505.09388; tensor for tensor as in transformers' qwen3)
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotary_table(position_ids, head_dim, theta):
+    """cos and sin [B, 1, L, head_dim] of Su et al. 2021; dimension d turns together with d + head_dim / 2."""
+    frequency = theta ** -(torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim)
+    angle = position_ids[:, None, :, None].float() * frequency                                   # [B, 1, L, d / 2]
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def rotate(x, cos, sin):
+    """(a, b) -> (a cos - b sin, b cos + a sin) for the halves a, b of the last dimension; the table holds the sign."""
+    a, b = x.chunk(2, -1)
+    return (x * cos + torch.cat([b, a], -1) * sin).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the tokens so far. Room for `size` tokens is allocated once."""
+
+    def __init__(self, config, batch, size, dtype, device):
+        shape = (config.num_layers, batch, config.num_kv_heads, size, config.head_dim)
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.length = 0
+
+    def extend(self, layer, key, value):
+        """Adds this call's keys and values [B, kv heads, L, D]; returns all so far. `length` moves after the last layer."""
+        end = self.length + key.shape[2]
+        self.keys[layer, :, :, self.length:end] = key
+        self.values[layer, :, :, self.length:end] = value
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        heads, kv_heads, d = config.num_heads, config.num_kv_heads, config.head_dim
+        self.head_dim = d
+        self.q_proj = nn.Linear(config.hidden_size, heads * d, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * d, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * d, bias=False)
+        self.o_proj = nn.Linear(heads * d, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(d, config.rms_norm_eps)
+        self.k_norm = RMSNorm(d, config.rms_norm_eps)
+
+    def forward(self, x, rotary, mask, cache=None, layer=0):
+        query, key, value = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        query = rotate(self.q_norm(query).transpose(1, 2), *rotary)                              # [B, heads, L, d]
+        key = rotate(self.k_norm(key).transpose(1, 2), *rotary)                                  # [B, kv heads, L, d]
+        value = value.transpose(1, 2)
+        if cache is not None:
+            key, value = cache.extend(layer, key, value)
+        return self.o_proj(attention(query, key, value, mask).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.hidden_size)
+
+    def forward(self, x, rotary, mask, cache=None, layer=0):
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """x [B, L, width] of embeddings -> hidden states after the final norm.
+
+    `recompute` = n > 0 keeps only the inputs of every n-th block for the backward pass and computes the rest again.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.recompute = 0
+        self.embed_tokens = nn.Embedding(config.vocab_size + config.extra_vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, position_ids, mask, cache=None):
+        rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta)
+        for i, block in enumerate(self.layers):
+            if self.recompute and torch.is_grad_enabled() and i % self.recompute == 0:
+                x = checkpoint(block, x, rotary, mask, use_reentrant=False)
+            else:
+                x = block(x, rotary, mask, cache, i)
+        if cache is not None:
+            cache.length += x.shape[1]
+        return self.norm(x)
+
+
+class WeightedCrossEntropy(torch.autograd.Function):
+    """sum of loss_weights x cross entropy, and each token's cross entropy, never holding [N, vocabulary] at once.
+
+    The gradient of a sum of weighted cross entropies is known as soon as the logits are: (softmax - one hot) x weight.
+    So each chunk's logits become their own gradient in place and go through both products at once: three products as
+    in the plain way, nothing recomputed, and `chunk` rows of logits instead of N.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, loss_weights, chunk):
+        # hidden [N, D], weight [V, D], targets [N], loss_weights [N] float32
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        hidden_, weight_ = hidden.to(dtype), weight.to(dtype)
+        nll = torch.empty(len(hidden), device=hidden.device)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        for i in range(0, len(hidden), chunk):
+            rows = slice(i, i + chunk)
+            logits = (hidden_[rows] @ weight_.T).float()                                         # [chunk, V]
+            at_target = logits.gather(1, targets[rows, None])
+            total = logits.logsumexp(1, keepdim=True)
+            nll[rows] = (total - at_target)[:, 0]
+            if needs_hidden or needs_weight:
+                grad = logits.sub_(total).exp_()                                                 # softmax
+                grad.scatter_add_(1, targets[rows, None], -torch.ones_like(at_target))
+                grad = grad.mul_(loss_weights[rows, None]).to(dtype)
+                if needs_hidden:
+                    grad_hidden[rows] = grad @ weight_
+                if needs_weight:
+                    grad_weight += grad.T @ hidden_[rows]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(nll)
+        return (nll * loss_weights).sum(), nll
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (None if grad_hidden is None else grad_hidden * grad,
+                None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype), None, None, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole
+
+class VLM(nn.Module):
+    """See, connect, talk. A batch is a dict of tensors (data.py makes them; B rows of L tokens):
+
+    tokens, targets, loss_weights, position_ids, document_ids, branch_ids [B, L]
+    patches [num_crops, num_patches, patch_dim] uint8      grid (rows, columns) of patches in a crop
+    pool_index [num_visual_tokens, window]                 patches of each visual token, -1 for none
+    visual_index [num_visual_tokens]                       its place in the flattened B x L tokens
+    loss_index [num_loss_tokens]                           flat places with a loss weight
+    causal bool                                            no branches and one document a row: the mask is plain
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vision_tower = VisionTransformer(config.vision)
+        self.multi_modal_projector = Connector(config)
+        self.language_model = Decoder(config.language)
+        self.lm_head = None
+        if not config.language.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.language.hidden_size, config.language.vocab_size, bias=False)
+        self.chunk = 1024                  # rows of logits alive at once
+        self.set_buffers()
+
+    def set_buffers(self):
+        """Constants, not weights: (pixel scale, pixel shift) [patch_dim] and the ids of visual tokens."""
+        device = self.vision_tower.embeddings.patch_embedding.weight.device
+        mean, std = torch.tensor(PIXEL_STATS[self.config.vision.style]).repeat(1, self.config.vision.patch_size ** 2)
+        self.register_buffer('pixel_scale', (1 / (255 * std)).to(device), persistent=False)
+        self.register_buffer('pixel_shift', (-mean / std).to(device), persistent=False)
+        self.register_buffer('visual_ids', torch.tensor(self.config.visual_token_ids).to(device), persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, seed=0):
+        """Random weights for training from nothing: N(0, 0.02), norms 1, biases 0."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if name.endswith('bias'):
+                p.zero_()
+            elif 'norm' in name:
+                p.fill_(1)
+            else:
+                p.normal_(0, 0.02, generator=generator)
+
+    def parts(self):
+        """name -> parameters, in the three parts that have a learning rate of their own. The tied table is language."""
+        head = [] if self.lm_head is None else list(self.lm_head.parameters())
+        return {'vision': list(self.vision_tower.parameters()), 'connector': list(self.multi_modal_projector.parameters()),
+                'language': list(self.language_model.parameters()) + head}
+
+    def see(self, patches, pool_index, grid):
+        """uint8 patches -> visual tokens [num_visual_tokens, width]."""
+        pixels = patches.to(self.pixel_scale.dtype) * self.pixel_scale + self.pixel_shift
+        trained = self.vision_tower.embeddings.patch_embedding.weight.requires_grad
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            features = self.vision_tower(pixels, tuple(grid))
+        return self.multi_modal_projector(features, pool_index)
+
+    def embed(self, batch):
+        """Token embeddings [B, L, width] with the visual tokens in their places."""
+        x = self.language_model.embed_tokens(batch['tokens'])
+        if batch.get('patches') is not None and len(batch['patches']):
+            seen = self.see(batch['patches'], batch['pool_index'], batch['grid']).to(x.dtype)
+            flat, where = x.flatten(0, 1), batch['visual_index']
+            flat = flat.index_add(0, where, seen) if self.config.recipe == 'molmo2' else flat.index_copy(0, where, seen)
+            x = flat.view_as(x)
+        return x
+
+    def mask(self, batch):
+        visual = torch.isin(batch['tokens'], self.visual_ids) if self.config.recipe == 'molmo2' else None
+        if visual is None and batch['causal']:
+            return 'causal'
+        return make_mask(batch['document_ids'], batch['branch_ids'], visual)
+
+    def hidden(self, batch):
+        """Hidden states [B, L, width] of every token."""
+        return self.language_model(self.embed(batch), batch['position_ids'], self.mask(batch))
+
+    def output_weight(self):
+        if self.lm_head is not None:
+            return self.lm_head.weight
+        table = self.language_model.embed_tokens.weight
+        return table[:self.config.language.vocab_size] if self.config.language.extra_vocab_size else table
+
+    def logits(self, hidden):
+        return F.linear(hidden, self.output_weight().to(hidden.dtype))
+
+    def forward(self, batch):
+        """The training loss: (sum of loss_weights x cross entropy, cross entropy of each of loss_index [N])."""
+        where = batch['loss_index']
+        hidden = self.hidden(batch).flatten(0, 1)[where]                                         # [N, width]
+        return WeightedCrossEntropy.apply(hidden, self.output_weight(), batch['targets'].flatten()[where],
+                                          batch['loss_weights'].flatten()[where], self.chunk)
+
+    @torch.inference_mode()
+    def generate(self, batch, max_new_tokens, temperature=0., top_k=0, top_p=1., seed=0):
+        """Yields the next token of every row, [B], until all rows have ended; -1 for a row that has.
+
+        Rows of unequal length are padded on the left (document_ids -1). temperature 0 takes the likeliest token.
+        """
+        tokens, padding = batch['tokens'], batch['document_ids'] < 0                             # [B, L]
+        B, L = tokens.shape
+        generator = torch.Generator(tokens.device).manual_seed(seed)
+        x = self.embed(batch)
+        cache = KVCache(self.config.language, B, L + max_new_tokens, x.dtype, x.device)
+        hidden = self.language_model(x, batch['position_ids'], self.mask(batch), cache)
+        position, done = batch['position_ids'][:, -1:], torch.zeros(B, dtype=torch.bool, device=tokens.device)
+        seen_by_next = None                # later steps see all that is not padding
+        if padding.any():
+            seen_by_next = F.pad(~padding, (0, max_new_tokens), value=True)[:, None, None]       # [B, 1, 1, L + new]
+        for step in range(max_new_tokens):
+            token = sample(self.logits(hidden[:, -1]).float(), temperature, top_k, top_p, generator)
+            yield token.masked_fill(done, -1)
+            done = done | (token == self.config.eos_token_id)
+            if step == max_new_tokens - 1 or done.all():
+                return
+            position = position + 1
+            mask = seen_by_next if seen_by_next is None else seen_by_next[..., :L + step + 1]
+            hidden = self.language_model(self.language_model.embed_tokens(token[:, None]), position, mask, cache)
+
+
+def sample(logits, temperature, top_k, top_p, generator):
+    """logits [B, V] -> token ids [B]. top_p: the smallest set of tokens whose probability reaches it."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        values, order = logits.sort(-1, descending=True)
+        before = values.softmax(-1).cumsum(-1) - values.softmax(-1)
+        logits = logits.scatter(1, order, values.masked_fill(before >= top_p, -torch.inf))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: folders in Hugging Face's layouts (DESIGN: a checkpoint is a model). Never pickle.
+
+# A tensor's name on disk -> ours. One list serves CLIP, SigLIP and Qwen3 repositories and every spelling of llava's.
+RULES = [
+    (r'^(model\.)?vision_tower\.(vision_model\.)?', 'vision_tower.'),
+    (r'^vision_model\.', 'vision_tower.'),
+    (r'^(model\.)?language_model\.lm_head\.', 'lm_head.'),
+    (r'^(model\.)?language_model\.(model\.)?', 'language_model.'),
+    (r'^model\.multi_modal_projector\.', 'multi_modal_projector.'),
+    (r'^model\.(?=embed_tokens|layers|norm)', 'language_model.'),
+]
+# Tensors that a checkpoint may hold and a VLM has no use for (CLIP's text side, pooling heads, llava-next's newline)
+UNUSED = re.compile(r'position_ids$|^text_model\.|^(visual|text)_projection\.|^logit_(scale|bias)$|image_newline$'
+                    r'|^vision_tower\.(post_layernorm|head)\.|rotary_emb')
+# ours -> the published Molmo2 spelling; the substitutions are applied in this order
+MOLMO2_RULES = [
+    (r'^language_model\.norm', 'model.transformer.ln_f'),
+    (r'^language_model\.layers', 'model.transformer.blocks'),
+    (r'(blocks.*)\.input_layernorm', r'\1.attn_norm'),
+    (r'(blocks.*)\.post_attention_layernorm', r'\1.ff_norm'),
+    (r'(blocks.*)\.o_proj', r'\1.attn_out'),
+    (r'(blocks.*)\.down_proj', r'\1.ff_out'),
+    (r'^vision_tower\.encoder\.layers', 'model.vision_backbone.image_vit.transformer.resblocks'),
+    (r'^vision_tower\.embeddings\.position_embedding\.weight', 'model.vision_backbone.image_vit.positional_embedding'),
+    (r'^vision_tower\.embeddings', 'model.vision_backbone.image_vit'),
+    (r'(resblocks.*)\.self_attn\.(.)\w*_proj', r'\1.attention.w\2'),
+    (r'(resblocks.*)\.layer_norm1', r'\1.attention_norm'),
+    (r'(resblocks.*)\.layer_norm2', r'\1.ffn_norm'),
+    (r'(resblocks.*)\.mlp\.fc', r'\1.feed_forward.w'),
+    (r'^multi_modal_projector', 'model.vision_backbone'),
+    (r'image_pooling_2d\.(.)_proj', r'image_pooling_2d.w\1'),
+    (r'image_projector\.gate_proj', 'image_projector.w1'),
+    (r'image_projector\.down_proj', 'image_projector.w2'),
+    (r'image_projector\.up_proj', 'image_projector.w3'),
+]
+
+
+def rename(name, rules):
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def molmo2_names(names):
+    """The published Molmo2 tensors: disk name -> our parameters, stacked along the rows in that order."""
+    disk = {}
+    for name in names:
+        if name == 'language_model.embed_tokens.weight':   # one table of ours is two on disk
+            disk['model.transformer.wte.embedding'] = disk['model.transformer.wte.new_embedding'] = [name]
+        elif name.startswith('language_model') and (m := re.search(r'(.*self_attn)\.[qkv]_proj', name)):
+            disk[rename(m[1], MOLMO2_RULES) + '.att_proj.weight'] = [f'{m[1]}.{x}_proj.weight' for x in 'qkv']
+        elif name.startswith('language_model') and (m := re.search(r'(.*mlp)\.(up|gate)_proj', name)):
+            disk[rename(m[1], MOLMO2_RULES) + '.ff_proj.weight'] = [f'{m[1]}.{x}_proj.weight' for x in ('up', 'gate')]
+        else:
+            disk[rename(name, MOLMO2_RULES)] = [name]
+    return disk
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: {Path(path).parent} is not a checkpoint folder") from None
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON ({e})") from None
+
+
+def weight_files(folder):
+    """The safetensors files of a folder: one, or those its index names."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"checkpoint folder {folder} does not exist")
+    index = folder / 'model.safetensors.index.json'
+    if not (folder / 'model.safetensors').exists() and index.exists():
+        names = sorted(set(read_json(index)['weight_map'].values()))
+        if bad := [n for n in names if Path(n).name != n]:
+            raise UserError(f"{index} names {bad[0]}, a file outside its folder")
+    else:
+        names = ['model.safetensors']
+    if lost := [n for n in names if not (folder / n).exists()]:
+        raise UserError(f"{folder} lacks {', '.join(lost)}; fetch the safetensors files of the model")
+    return [folder / n for n in names]
+
+
+def load_weights(model, folder, only=''):
+    """Reads the tensors of a folder into `model`, one at a time: into the parameters whose names start with `only`.
+
+    Every such parameter must be filled and every tensor used, or UserError lists names and shapes.
+    """
+    parameters = {n: p for n, p in model.named_parameters() if n.startswith(only)}
+    filled = dict.fromkeys(parameters, 0)                  # rows read so far
+    molmo2 = molmo2_names(parameters)
+    linear_2 = model.config.connector == 'linear' and 'multi_modal_projector.linear_1.weight' in parameters
+    problems = []
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, 'pt') as f:
+                for key in f.keys():
+                    name = rename(key, RULES)
+                    depth = re.match(r'vision_tower\.encoder\.layers\.(\d+)\.', name)
+                    if (UNUSED.search(name) or depth and int(depth[1]) >= model.config.vision.num_layers
+                            or name == 'lm_head.weight' and model.lm_head is None):
+                        continue
+                    if linear_2 and name.startswith('multi_modal_projector.linear_2.'):
+                        check_identity(f.get_tensor(key), f"{file}: {key}")
+                        continue
+                    names = molmo2.get(key, [name])
+                    if names[0] not in parameters:
+                        problems.append(f"{key} {f.get_slice(key).get_shape()} has no place in this model")
+                        continue
+                    problems += fill([(n, parameters[n]) for n in names], key, f.get_tensor(key), filled)
+        except SafetensorError as e:
+            raise UserError(f"{file} is not a whole safetensors file ({e}); fetch it again") from None
+    problems += [f"{n} {list(p.shape)} is missing" for n, p in parameters.items() if filled[n] != len(p)
+                 and not any(n in problem for problem in problems)]
+    if problems:
+        more = f"\n  and {len(problems) - 12} more" if len(problems) > 12 else ''
+        raise UserError(f"{folder} does not fit this model:\n  " + '\n  '.join(problems[:12]) + more)
+
+
+@torch.no_grad()
+def fill(targets, key, tensor, filled):
+    """Copies `tensor` into the rows of the (name, parameter) targets, one after the other. Returns what went wrong."""
+    if tensor.ndim == 4:                                   # a convolution over patches: [D, 3, p, p] -> [D, p p 3]
+        tensor = tensor.permute(0, 2, 3, 1).flatten(1)
+    names, rows = ' + '.join(n for n, _ in targets), sum(len(p) for _, p in targets)
+    part_of_table = '.wte.' in key                         # Molmo2's table comes in two parts of any size
+    if tensor.shape[1:] != targets[0][1].shape[1:] or not (part_of_table or len(tensor) == rows) or len(tensor) > rows:
+        return [f"{key} is {list(tensor.shape)}, {names} wants {[rows, *targets[0][1].shape[1:]]}"]
+    if part_of_table:
+        rows_of = slice(rows - len(tensor), rows) if 'new_embedding' in key else slice(len(tensor))
+        targets[0][1][rows_of] = tensor.to(targets[0][1].dtype)
+        filled[targets[0][0]] += len(tensor)
+        return []
+    for (name, p), piece in zip(targets, tensor.split([len(p) for _, p in targets])):
+        p.copy_(piece)
+        filled[name] = len(p)
+    return []
+
+
+def check_identity(tensor, where):
+    expected = torch.eye(*tensor.shape) if tensor.ndim == 2 else torch.zeros_like(tensor)
+    if not torch.equal(tensor.float(), expected.float()):
+        raise UserError(f"{where} is not the identity: this checkpoint has a connector of two layers, "
+                        f"which connector = 'linear' would lose; set connector = 'mlp'")
+
+
+def layout(config):
+    """Which native transformers architecture expresses this model: llava, llava_next_video, molmo2, or None."""
+    if config.recipe == config.connector == 'molmo2' and config.vision.style == 'siglip':
+        return 'molmo2'
+    if config.recipe == 'nano' and config.connector != 'molmo2':
+        return 'llava' if config.pooling == 1 else 'llava_next_video'
+    return None
+
+
+def to_hf(config):
+    """config.json: what transformers needs, and `nanomolmo2` with our own Config."""
+    v, t = config.vision, config.language
+    vision = dict(hidden_size=v.hidden_size, intermediate_size=v.intermediate_size, num_hidden_layers=v.num_layers,
+                  num_attention_heads=v.num_heads, image_size=v.image_size, patch_size=v.patch_size,
+                  layer_norm_eps=v.layer_norm_eps, hidden_act=v.activation)
+    # The flat rope_theta is read by transformers 4.57 and 5; rope_parameters alone gives 10000 in the former.
+    text = dict(model_type='qwen3', vocab_size=t.vocab_size, hidden_size=t.hidden_size,
+                intermediate_size=t.intermediate_size, num_hidden_layers=t.num_layers, num_attention_heads=t.num_heads,
+                num_key_value_heads=t.num_kv_heads, head_dim=t.head_dim, hidden_act='silu', rope_theta=t.rope_theta,
+                rms_norm_eps=t.rms_norm_eps, tie_word_embeddings=t.tie_word_embeddings, attention_bias=False,
+                max_position_embeddings=t.max_position_embeddings, eos_token_id=config.eos_token_id,
+                pad_token_id=config.pad_token_id)
+    kind = layout(config)
+    extra = {'nanomolmo2': asdict(config)}
+    common = dict(model_type=kind or 'nanomolmo2', text_config=text, dtype='float32',
+                  tie_word_embeddings=t.tie_word_embeddings, eos_token_id=config.eos_token_id,
+                  pad_token_id=config.pad_token_id)
+    if kind == 'molmo2':
+        square = [v.image_size, v.image_size]
+        vision.update(model_type='molmo2_vision', image_size=square, head_dim=v.hidden_size // v.num_heads,
+                      num_key_value_heads=v.num_heads)
+        text.update(model_type='molmo2_text', additional_vocab_size=t.extra_vocab_size)
+        adapter = dict(vision_feature_layer=list(v.feature_layers), hidden_size=v.hidden_size,
+                       num_attention_heads=v.num_heads, num_key_value_heads=v.num_heads, hidden_act='silu',
+                       head_dim=v.hidden_size // v.num_heads, intermediate_size=config.connector_size,
+                       text_hidden_size=t.hidden_size)
+        ids = dict(zip(('image_start_token_id', 'image_end_token_id', 'image_patch_id', 'image_col_id',
+                        'low_res_image_start_token_id', 'image_low_res_id', 'frame_start_token_id',
+                        'frame_end_token_id'), config.visual_token_ids))
+        common['tie_word_embeddings'] = text['tie_word_embeddings'] = False       # the file always holds the head
+        return dict(architectures=['Molmo2ForConditionalGeneration'], **common, vision_config=vision,
+                    adapter_config=adapter, **ids, **extra)
+    siglip = v.style == 'siglip'
+    vision['model_type'] = 'siglip_vision_model' if siglip else 'clip_vision_model'
+    if siglip:
+        vision['vision_use_head'] = False
+    features = [i - v.num_layers for i in v.feature_layers]
+    image_seq = (v.image_size // v.patch_size) ** 2
+    llava = dict(vision_config=vision, image_token_index=config.image_token_id, image_seq_length=image_seq,
+                 projector_hidden_act='gelu' if config.connector == 'mlp' else 'linear', multimodal_projector_bias=True,
+                 vision_feature_layer=features if len(features) > 1 else features[0],
+                 vision_feature_select_strategy='full' if siglip else 'default')
+    if kind == 'llava_next_video':         # a still picture is a clip of one frame: only clips are pooled there
+        llava.update(video_token_index=config.video_token_id, spatial_pool_mode='average',
+                     spatial_pool_stride=config.pooling, video_seq_length=image_seq // config.pooling ** 2)
+    name = 'LlavaNextVideoForConditionalGeneration' if kind == 'llava_next_video' else 'LlavaForConditionalGeneration'
+    return dict(architectures=[name] if kind else [], **common, **llava, **extra)
+
+
+def from_hf(hf, where='config.json'):
+    """A Config from the dict of a config.json: ours, llava, llava_next_video, or molmo2 (published or re-saved)."""
+    if 'nanomolmo2' in hf:
+        return Config(**hf['nanomolmo2'])
+    kind = hf.get('model_type')
+    if kind not in ('llava', 'llava_next_video', 'molmo2'):
+        raise UserError(f"{where}: model_type '{kind}' is not llava, llava_next_video or molmo2")
+    try:
+        return _from_molmo2(hf) if kind == 'molmo2' else _from_llava(hf, where)
+    except (KeyError, TypeError) as e:
+        raise UserError(f"{where} lacks the key {e}") from None
+
+
+def _language(text, hf, **extra):
+    theta = text.get('rope_theta') or text['rope_parameters']['rope_theta']
+    return LanguageConfig(text['hidden_size'], text['intermediate_size'], text['num_hidden_layers'],
+                          text['num_attention_heads'], text['num_key_value_heads'], text['head_dim'],
+                          text['vocab_size'], rope_theta=theta, rms_norm_eps=text.get('rms_norm_eps', 1e-6),
+                          tie_word_embeddings=hf.get('tie_word_embeddings', False) or
+                          text.get('tie_word_embeddings', False),
+                          max_position_embeddings=text.get('max_position_embeddings', 40960), **extra)
+
+
+def _from_llava(hf, where):
+    text, v = hf['text_config'], hf['vision_config']
+    if text.get('model_type') != 'qwen3':
+        raise UserError(f"{where}: the language model is '{text.get('model_type')}'; only qwen3 is built here")
+    siglip = v.get('model_type') == 'siglip_vision_model'
+    if not siglip and v.get('model_type') != 'clip_vision_model':
+        raise UserError(f"{where}: the vision tower is '{v.get('model_type')}', not CLIP or SigLIP")
+    act = hf.get('projector_hidden_act', 'gelu')
+    if act not in ('gelu', 'linear') or not hf.get('multimodal_projector_bias', True):
+        raise UserError(f"{where}: a connector with activation '{act}' or without bias is not built here")
+    features = hf.get('vision_feature_layer', -2)
+    features = [features] if isinstance(features, int) else features
+    layers = v.get('num_hidden_layers', 12)                # transformers' hidden_states[i] is the output of block i - 1
+    vision = VisionConfig(v.get('hidden_size', 768), v.get('intermediate_size', 3072), layers,
+                          v.get('num_attention_heads', 12), v.get('image_size', 224), v.get('patch_size', 32),
+                          'siglip' if siglip else 'clip',
+                          v.get('hidden_act', 'gelu_pytorch_tanh' if siglip else 'quick_gelu'),
+                          v.get('layer_norm_eps', 1e-6 if siglip else 1e-5),
+                          tuple(i if i < 0 else i - 1 - layers for i in features))
+    return Config(vision, _language(text, hf), connector='mlp' if act == 'gelu' else 'linear',
+                  pooling=hf.get('spatial_pool_stride', 2) if hf['model_type'] == 'llava_next_video' else 1,
+                  image_token_id=hf.get('image_token_index', hf.get('image_token_id')),
+                  video_token_id=hf.get('video_token_index', hf.get('video_token_id', -1)),
+                  eos_token_id=text.get('eos_token_id', 151645), pad_token_id=text.get('pad_token_id') or 151643)
+
+
+def _from_molmo2(hf):
+    text, adapter = hf['text_config'], hf['adapter_config']
+    v = hf.get('vision_config') or hf['vit_config']        # vit_config: the spelling of the released checkpoints
+    if text.get('qk_norm_type', 'qwen3') != 'qwen3' or text.get('norm_after'):
+        raise UserError("Molmo2-O (Olmo 3 decoder) is not built here; Molmo2-4B and 8B are")
+    image_size = v.get('image_size') or v.get('image_default_input_size') or [378]
+    vision = VisionConfig(v['hidden_size'], v['intermediate_size'], v['num_hidden_layers'], v['num_attention_heads'],
+                          image_size[0], v.get('patch_size') or v.get('image_patch_size', 14), 'siglip',
+                          v.get('hidden_act', 'gelu_pytorch_tanh'), v.get('layer_norm_eps', 1e-6),
+                          tuple(adapter.get('vision_feature_layer') or adapter['vit_layers']))
+    ids = [hf.get(k, d) for k, d in zip(
+        ('image_start_token_id', 'image_end_token_id', 'image_patch_id', 'image_col_id', 'low_res_image_start_token_id',
+         'image_low_res_id', 'frame_start_token_id', 'frame_end_token_id'), MOLMO2_VISUAL_IDS)]
+    return Config(vision, _language(text, hf, extra_vocab_size=text.get('additional_vocab_size', 128)),
+                  recipe='molmo2', connector='molmo2', connector_size=adapter['intermediate_size'],
+                  image_token_id=ids[2], video_token_id=ids[2], visual_token_ids=tuple(ids))
+
+
+def disk_tensors(model):
+    """Our parameters under the names and shapes that transformers reads: {disk name: tensor}."""
+    config, parameters = model.config, {n: p.detach() for n, p in model.named_parameters()}
+    if layout(config) == 'molmo2':
+        out = {disk: torch.cat([parameters[n] for n in names]) if len(names) > 1 else parameters[names[0]]
+               for disk, names in molmo2_names(parameters).items()}
+        table = parameters['language_model.embed_tokens.weight']
+        out['model.transformer.wte.embedding'] = table[:config.language.vocab_size].clone()
+        out['model.transformer.wte.new_embedding'] = table[config.language.vocab_size:].clone()
+        if model.lm_head is None:          # the published layout always holds the head
+            out['lm_head.weight'] = out['model.transformer.wte.embedding'].clone()
+        return out
+    out, p = {}, config.vision.patch_size
+    for name, tensor in parameters.items():
+        if name.endswith('patch_embedding.weight'):
+            tensor = tensor.view(-1, p, p, 3).permute(0, 3, 1, 2).contiguous()                   # back to [D, 3, p, p]
+        name = re.sub(r'^vision_tower\.', 'vision_tower.vision_model.', name)
+        name = re.sub(r'^language_model\.', 'language_model.model.', name)
+        out[re.sub(r'^lm_head\.', 'language_model.lm_head.', name)] = tensor
+    # What those architectures have and we do not: a second linear layer, a norm of the class token, a newline
+    width = config.language.hidden_size
+    if config.connector == 'linear':
+        out['multi_modal_projector.linear_2.weight'] = torch.eye(width)
+        out['multi_modal_projector.linear_2.bias'] = torch.zeros(width)
+    out['vision_tower.vision_model.post_layernorm.weight'] = torch.ones(config.vision.hidden_size)
+    out['vision_tower.vision_model.post_layernorm.bias'] = torch.zeros(config.vision.hidden_size)
+    if layout(config) == 'llava_next_video':
+        out['image_newline'] = torch.zeros(width)
+    return out
+
+
+def save_model(model, folder):
+    """Writes config.json, generation_config.json and model.safetensors; data.py adds tokenizer and processor."""
+    folder, config = Path(folder), model.config
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'config.json').write_text(json.dumps(to_hf(config), indent=2))
+    (folder / 'generation_config.json').write_text(json.dumps(
+        {'eos_token_id': config.eos_token_id, 'pad_token_id': config.pad_token_id}, indent=2))
+    save_file({n: t.cpu().contiguous() for n, t in disk_tensors(model).items()}, folder / 'model.safetensors',
+              metadata={'format': 'pt'})
+
+
+def load_model(folder):
+    """The VLM of a checkpoint folder: ours, llava, llava_next_video or molmo2. float32, on the CPU."""
+    path = Path(folder) / 'config.json'
+    with torch.device('meta'):
+        model = VLM(from_hf(read_json(path), path))
+    model.to_empty(device='cpu')
+    model.set_buffers()
+    load_weights(model, folder)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it costs
+
+def saved_bytes(module, *inputs):
+    """Bytes that autograd keeps for the backward pass of `module`, its own weights not counted (meta device will do)."""
+    own, kept = {p.untyped_storage()._cdata for p in module.parameters()}, {}
+
+    def pack(t):
+        kept[t.untyped_storage()._cdata] = t.numel() * t.element_size()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = module(*inputs)                              # `out` keeps the graph, and so the storages, alive
+    return sum(size for storage, size in kept.items() if storage not in own) + 0 * out.numel()
+
+
+def memory_estimate(model, rows, seq_len, recompute=0, amp=torch.bfloat16):
+    """Bytes by use for a micro-batch of full rows with a picture each: {'weights': ..., ..., 'total': ...}.
+
+    float32 weights, gradients and two moments; what autograd keeps, counted on one block of each kind in the autocast
+    type; the autocast copies of the weights; one chunk of logits. Leaves out the allocator's slack (10 to 20%).
+    """
+    c, size = model.config, torch.finfo(amp).bits // 8
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    every = sum(p.numel() for p in model.parameters())
+    out = {'weights': 4 * every, 'gradients': 4 * trained, 'moments': 8 * trained}
+    out['weight copies'] = size * every if amp != torch.float32 else 0
+    L, tokens = 64, rows * seq_len
+    with torch.device('meta'):
+        block, x = Block(c.language).to(amp), torch.zeros(1, L, c.language.hidden_size, dtype=amp, requires_grad=True)
+        rotary = rotary_table(torch.zeros(1, L, dtype=torch.long), c.language.head_dim, c.language.rope_theta)
+        per_token = saved_bytes(block, x, rotary, None) / L
+        thin = c.language.hidden_size * size               # a recomputed block keeps its input alone
+        layers, n = c.language.num_layers, recompute
+        again = -(-layers // n) if n else 0
+        out['activations'] = int(tokens * (per_token * (layers - again + bool(n)) + thin * again))
+        if model.vision_tower.embeddings.patch_embedding.weight.requires_grad:
+            patches = (c.vision.image_size // c.vision.patch_size) ** 2
+            block, x = VisionBlock(c.vision).to(amp), torch.zeros(1, L, c.vision.hidden_size, dtype=amp, requires_grad=True)
+            out['activations'] += int(rows * patches * c.vision.num_layers * saved_bytes(block, x) / L)
+    out['logits'] = min(model.chunk, tokens) * c.language.vocab_size * (4 + size) + 4 * model.output_weight().numel()
+    out['total'] = sum(out.values())
+    return out
+
+
+def main():
+    from configurator import configure, train_settings
+    settings = train_settings()
+    given = configure(settings)
+    names = ('recipe', 'vision', 'language', 'connector', 'pooling')
+    with torch.device('meta'):
+        model = VLM(from_hf(read_json(Path(given['init_from']) / 'config.json')) if given['init_from'] else
+                    make_config(**{k: given[k] for k in names}))
+    print(f"{'part':<12}{'parameters':>16}{'share':>8}")
+    total = sum(p.numel() for p in model.parameters())
+    for part, parameters in model.parts().items():
+        n = sum(p.numel() for p in parameters)
+        for p in parameters:
+            p.requires_grad_(given[f'train_{part}'])
+        print(f"{part:<12}{n:>16,}{n / total:>8.1%}  {'trained' if given[f'train_{part}'] else 'frozen'}")
+    print(f"{'all':<12}{total:>16,}          {layout(model.config) or 'no'} layout in transformers")
+    # The documents' three stages: rows a GPU and tokens a row
+    stages = {'stage 1': (32, 4096), 'stage 2': (16, 4096), 'stage 3': (4, 36864)}
+    if len(sys.argv) > 1:
+        stages = {'this config': (given['batch_size'], given['seq_len'])}
+    amp = torch.float32 if given['dtype'] == 'float32' else torch.bfloat16
+    for every in (0, 1):
+        print(f"\nGB a device with full rows, {'every block recomputed' if every else 'nothing recomputed'}")
+        for name, (rows, seq_len) in stages.items():
+            memory = memory_estimate(model, rows, seq_len, every, amp)
+            print(f"{name:<12}{rows:>3} x {seq_len:<7,}" + '  '.join(f'{k} {v / 1e9:.1f}' for k, v in memory.items()))
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f'error: {e}')
