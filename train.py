@@ -1,0 +1,523 @@
+"""Train a VLM: one loop for every stage and every size. Reads top to bottom.
+
+    python train.py config/demo_stage1.py                     a laptop, minutes
+    python train.py config/stage1.py --batch_size=8           one GPU; --dry_run shows the plan and stops
+    Ctrl-C or SIGTERM saves and exits; the same command continues, bit for bit.
+
+Settings are the assignments below (see configurator.py). What lands in out_dir: step001000/ (a checkpoint that is a
+model: config.json, model.safetensors, tokenizer, and train_state/ to resume), latest, metrics.jsonl, skipped.jsonl.
+"""
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from queue import Queue
+
+# -- what
+out_dir = 'out/stage1'
+init_from = ''                 # checkpoint folder to start from: ours, llava or molmo2; '' builds from the next lines
+recipe = 'nano'                # nano | molmo2 (model.py, Config)
+vision = 'openai/clip-vit-large-patch14-336'   # a name in model.py's table, or a dict of sizes
+language = 'Qwen/Qwen3-0.6B'   # likewise
+connector = 'linear'           # linear | mlp | molmo2
+pooling = 2                    # patches a side that one visual token pools
+vision_weights = ''            # folder with the tower's safetensors; '' starts it at random
+language_weights = ''          # folder with the decoder's safetensors; '' starts it at random
+tokenizer = ''                 # folder with tokenizer.json; '' takes init_from's, then language_weights'
+train_vision = False           # frozen parts cost no gradients and no optimiser state
+train_connector = True
+train_language = True
+# -- data
+data_dir = 'data'
+mixture = {}                   # folder under data_dir -> rate; rates are divided by their sum
+image_size = 336               # pixels a side after resizing
+seq_len = 4096                 # tokens a row at most
+batch_size = 32                # rows a micro-batch
+accumulation = 1               # micro-batches a step
+num_workers = 2                # processes that decode and tokenise; 0 does it between the steps
+static_shapes = False          # pad every row to seq_len, as torch.compile likes it
+point_format = 'point'         # point | molmo2 (data.py, format_points)
+point_digits = 3               # decimals of a coordinate in the point format
+task_weights = {'captioning': 1.0, 'qa': 1.0, 'counting': 1.5, 'pointing': 2.0, 'tracking': 2.0}
+length_weighting = False       # weight / sqrt(tokens of the answer)
+max_bad_fraction = 0.1         # stop when more rows than this cannot be used
+# -- optimiser
+optimizer = 'adamw'            # adamw | muon (Muon for the matrices inside blocks, AdamW for the rest)
+learning_rate = 1e-4
+vision_learning_rate = 0.0     # 0: learning_rate
+connector_learning_rate = 0.0  # 0: learning_rate
+muon_learning_rate = 0.0       # 0: learning_rate
+beta1 = 0.9
+beta2 = 0.95
+epsilon = 1e-8
+weight_decay = 0.0
+grad_clip = 1.0                # largest norm of the gradient; 0 does not clip
+schedule = 'cosine'            # cosine | linear | constant | inverse_sqrt, after the warm-up
+warmup_steps = 2000
+max_steps = 100000
+min_lr_ratio = 0.1             # where cosine and linear end, as a share of the peak
+max_nonfinite = 10             # stop after so many steps in a row whose gradient was not finite
+# -- machine
+device = 'auto'                # auto | cuda | mps | cpu
+dtype = 'auto'                 # auto | bfloat16 | float32 (the autocast type; weights and moments stay float32)
+threads = 0                    # CPU threads of torch; 0 leaves its own choice
+compile = False
+recompute = 0                  # n: recompute every n-th decoder block in the backward pass instead of keeping it
+seed = 1337
+# -- keeping track
+log_interval = 10              # steps between reads of the device; every step is in metrics.jsonl all the same
+eval_interval = 1000           # steps between validation losses; 0 never
+eval_batches = 20
+save_interval = 5000
+keep = 3                       # checkpoints kept; 0 keeps all
+tensorboard = False            # if installed
+wandb_project = ''             # if installed
+dry_run = False                # print the plan and stop
+
+
+if __name__ == '__main__':
+    from configurator import configure
+    settings = configure(globals())    # before torch loads: a typo is answered at once
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from data import TASKS, Dataset, Loader, Mixture, Processor  # noqa: E402
+from model import UserError, VLM, layout, load_model, load_weights, make_config, memory_estimate, save_model  # noqa: E402
+
+
+def cosine(x):
+    return (1 + math.cos(math.pi * x)) / 2
+
+
+def get_lr_scale(step):
+    """Share of the peak learning rate at `step`, counted from 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    x = min(1, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+    if schedule == 'constant':
+        return 1.
+    if schedule == 'inverse_sqrt':
+        return (max(1, warmup_steps) / (step + 1)) ** .5
+    return min_lr_ratio + (1 - min_lr_ratio) * (cosine(x) if schedule == 'cosine' else 1 - x)
+
+
+def pick_device():
+    if device != 'auto':
+        return torch.device(device)
+    return torch.device('cuda' if torch.cuda.is_available() else
+                        'mps' if torch.backends.mps.is_available() else 'cpu')
+
+
+def pick_dtype(dev):
+    """bfloat16 where the hardware multiplies it: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX."""
+    if dtype != 'auto':
+        return getattr(torch, dtype)
+    fast_cpu = dev.type == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
+    return torch.bfloat16 if fast_cpu or dev.type == 'cuda' and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def build(tokens):
+    """The model with its first weights. `tokens` sets the ids that go into config.json."""
+    if init_from:
+        return load_model(init_from)
+    model = VLM(make_config(vision, language, recipe=recipe, connector=connector, pooling=pooling, **tokens))
+    model.init_weights(seed)
+    for folder, part in ((vision_weights, 'vision_tower.'), (language_weights, '')):
+        if folder:
+            load_weights(model, folder, only=part or ('language_model.', 'lm_head.'))
+    return model
+
+
+def make_optimizers(model):
+    """[AdamW, perhaps Muon] with a group for each part; frozen parts are in none."""
+    rates = {'vision': vision_learning_rate, 'connector': connector_learning_rate, 'language': learning_rate}
+    hidden = {id(p) for n, p in model.named_parameters() if '.layers.' in n and p.ndim == 2}
+    adamw, muon = [], []
+    for part, parameters in model.parts().items():
+        trained = [p for p in parameters if p.requires_grad]
+        by_muon = [p for p in trained if id(p) in hidden] if optimizer == 'muon' else []
+        rest = [p for p in trained if not (by_muon and id(p) in hidden)]
+        if rest:
+            adamw.append({'params': rest, 'peak': rates[part] or learning_rate, 'name': part})
+        if by_muon:
+            muon.append({'params': by_muon, 'peak': muon_learning_rate or learning_rate, 'name': f'{part} (muon)'})
+    out = [torch.optim.AdamW(adamw, lr=0., betas=(beta1, beta2), eps=epsilon, weight_decay=weight_decay, fused=True)]
+    if muon:
+        out.append(torch.optim.Muon(muon, lr=0., weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw'))
+    return out
+
+
+def step_optimizers(optimizers, parameters, lr_scale):
+    """Clips, steps and clears. Returns (gradient norm, 1. if it was not finite: then nothing was changed).
+
+    Nothing here waits for the device: fused AdamW divides by `grad_scale` and leaves weights, moments and step count
+    alone where `found_inf` is set, which is how a GradScaler talks to it.
+    """
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    bad = (~torch.isfinite(norm)).float()
+    scale = (norm / grad_clip).clamp(min=1.) if grad_clip else torch.ones_like(norm)
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group['lr'] = group['peak'] * lr_scale
+        if isinstance(opt, torch.optim.AdamW):
+            opt.grad_scale, opt.found_inf = scale, bad
+            opt.step()
+        elif not bad:                        # Muon knows no found_inf: one wait for the device a step
+            for group in opt.param_groups:
+                torch._foreach_div_([p.grad for p in group['params']], scale)
+            opt.step()
+        opt.zero_grad(set_to_none=True)
+    return norm, bad
+
+
+# bfloat16 products a second without sparsity, from the makers' data sheets; a device not listed gets no MFU
+PEAK = {'A100': 312e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12, 'L40S': 362e12,
+        'L4': 121e12, 'A10': 125e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
+
+
+def flops(model, micro):
+    """Floating-point operations of a training step on this batch, vision, decoder and attention by true lengths.
+
+    2 per weight and token forward, 4 more where gradients flow (2 through frozen weights that pass them on);
+    4 x heads x head_dim per pair of tokens that see each other, thrice with backward. Ignores norms, softmax and the
+    rotation (< 2%). A token at position p sees p + 1 tokens, in a tree as in a plain row.
+    """
+    v, t = model.config.vision, model.config.language
+    matmul = sum(p.numel() for n, p in model.language_model.named_parameters() if '.layers.' in f'.{n}' and p.ndim == 2)
+    times = 3 if train_language else 2
+    total = 2 * times * matmul * micro['n_tokens'] + 12 * t.num_layers * t.num_heads * t.head_dim * micro['n_pairs']
+    total += 2 * times * model.output_weight().numel() * len(micro['loss_index'])
+    if 'patches' in micro:
+        crops, patches, _ = micro['patches'].shape
+        tower = sum(p.numel() for n, p in model.vision_tower.named_parameters() if p.ndim == 2 and 'position' not in n)
+        pairs = 4 * v.num_layers * v.hidden_size * patches ** 2 * crops
+        total += (3 if train_vision else 1) * (2 * tower * crops * patches + pairs)
+    return total
+
+
+def prefetch(batches, dev):
+    """Moves batches to the device from a thread, two ahead, from pinned memory. On the CPU there is nothing to move."""
+    if dev.type == 'cpu':
+        yield from batches
+        return
+    queue, end = Queue(2), object()
+
+    def move():
+        try:
+            for batch, state in batches:
+                if dev.type == 'cuda':
+                    batch = {k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch.items()}
+                queue.put((to_device(batch, dev), state))
+            queue.put(end)
+        except BaseException as e:           # raised again in the main thread
+            queue.put(e)
+    threading.Thread(target=move, daemon=True).start()
+    while (item := queue.get()) is not end:
+        if isinstance(item, BaseException):
+            raise item
+        yield item
+
+
+def to_device(batch, dev):
+    return {k: v.to(dev, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def task_sums(nll, tasks):
+    """[2, tasks]: sum of the cross entropies and number of tokens of each task."""
+    out = torch.zeros(2, len(TASKS), device=nll.device)
+    out[0].index_add_(0, tasks, nll.detach())
+    out[1].index_add_(0, tasks, torch.ones_like(nll))
+    return out
+
+
+def task_losses(sums):
+    """{'loss/pointing': mean cross entropy, ...} of the tasks that had tokens."""
+    total, count = sums.tolist()
+    return {f'loss/{t}': s / n for t, s, n in zip(TASKS, total, count) if n}
+
+
+@torch.no_grad()
+def evaluate(model, make_loader, dev, autocast):
+    """Weighted loss and per-task losses over the first eval_batches of the validation sets."""
+    model.eval()
+    total, weight, sums = 0., 0., torch.zeros(2, len(TASKS))
+    for i, (batch, _) in enumerate(make_loader('validation')):
+        if i == eval_batches:
+            break
+        with autocast:
+            loss, nll = model(to_device(batch, dev))
+        total, weight = total + loss.item(), weight + batch['total_weight']
+        sums += task_sums(nll, batch['loss_tasks'].to(dev)).cpu()
+    model.train()
+    return {'loss': total / max(weight, 1e-9), **task_losses(sums)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: written under another name, flushed, renamed; `latest` last. A crash leaves the one before.
+
+def flush(path):
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def save_checkpoint(step, model, processor, optimizers, loader_state):
+    folder = Path(out_dir) / f'step{step:06d}'
+    temporary = folder.with_name(f'.{folder.name}.tmp')
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / 'train_state').mkdir(parents=True)
+    save_model(model, temporary)
+    processor.save(temporary)
+    torch.save({'step': step, 'loader': loader_state, 'optimizers': [o.state_dict() for o in optimizers],
+                'rng': torch.get_rng_state(), 'settings': {k: repr(v) for k, v in settings.items()}},
+               temporary / 'train_state' / 'state.pt')
+    for path in [*temporary.rglob('*'), temporary]:
+        flush(path)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+    latest = folder.with_name('.latest.tmp')
+    latest.write_text(folder.name + '\n')
+    latest.replace(folder.with_name('latest'))
+    flush(folder.parent)
+    for old in sorted(Path(out_dir).glob('step*[0-9]'))[:-keep] if keep else []:
+        shutil.rmtree(old)
+
+
+def find_checkpoint():
+    """The folder that out_dir/latest names, or None for a new run."""
+    latest = Path(out_dir) / 'latest'
+    return Path(out_dir) / latest.read_text().strip() if latest.exists() else None
+
+
+def load_state(folder, optimizers):
+    """Restores optimisers and random state; returns (step, loader state). Reads tensors and plain values only."""
+    state = torch.load(folder / 'train_state' / 'state.pt', weights_only=True, map_location='cpu')
+    for opt, saved in zip(optimizers, state['optimizers']):
+        for group, now in zip(saved['param_groups'], opt.param_groups):
+            group.update({k: v for k, v in now.items() if k != 'params'})    # settings of this run, moments of the last
+        opt.load_state_dict(saved)
+    torch.set_rng_state(state['rng'])
+    ignored = ('max_steps', 'out_dir', 'dry_run', 'log_interval', 'save_interval', 'eval_interval', 'keep')
+    for key, value in settings.items():
+        if key not in ignored and (before := state['settings'].get(key, repr(value))) != repr(value):
+            print(f"note: {key} was {before} in this run's checkpoint and is {value!r} now")
+    return state['step'], state['loader']
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def print_plan(model, dev, amp, datasets, resumed):
+    """What was decided, once, before the long silence."""
+    print(f"{'part':<12}{'parameters':>14}  ")
+    for part, parameters in model.parts().items():
+        n, trained = sum(p.numel() for p in parameters), parameters[0].requires_grad
+        print(f"{part:<12}{n:>14,}  {'trained' if trained else 'frozen'}")
+    rows = batch_size * accumulation
+    native = layout(model.config)
+    total_rate = sum(mixture.values())
+    for d in datasets:
+        draws = max_steps * rows * mixture[d.name] / total_rate
+        print(f"data {d.name}: {len(d):,} rows, rate {mixture[d.name] / total_rate:.3f}, {draws / len(d):.2f} epochs")
+    print(f"steps {max_steps:,} of {rows} rows = {batch_size} x {accumulation} micro-batches, at most "
+          f"{rows * seq_len:,} tokens a step, {rows * max_steps:,} rows in all")
+    memory = memory_estimate(model, batch_size, seq_len, recompute, amp)
+    print('memory, estimated: ' + ', '.join(f'{k} {v / 1e9:.2f} GB' for k, v in memory.items()))
+    print(f"device {dev} with {torch.get_num_threads()} threads, {str(amp).removeprefix('torch.')}; attention "
+          + ('FlexAttention block masks' if dev.type == 'cuda' else 'SDPA with dense masks') + ' where rows have branches')
+    print(f"checkpoints in {out_dir} open in transformers as {native}" if native else
+          f"checkpoints in {out_dir} open here only: no native architecture expresses recipe '{recipe}' "
+          f"with connector '{connector}' and a {model.config.vision.style} tower")
+    print(f"resuming from {resumed}" if resumed else f"starting from {init_from or 'new weights'}")
+    print(f"ln(vocabulary) = {math.log(model.config.language.vocab_size):.3f}: the loss of a model that knows nothing",
+          flush=True)
+
+
+class Log:
+    """metrics.jsonl always; TensorBoard and Weights & Biases if asked for. Steps are flushed in groups, so that
+    reading the losses does not make the device wait every step."""
+
+    def __init__(self):
+        self.file, self.pending, self.board, self.wandb = open(Path(out_dir) / 'metrics.jsonl', 'a'), [], None, None
+        try:
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(out_dir)
+            if wandb_project:
+                import wandb
+                self.wandb = wandb.init(project=wandb_project, config=settings, name=Path(out_dir).name)
+        except ImportError as e:
+            raise UserError(f"{e}: install it, or leave tensorboard and wandb_project alone") from None
+
+    def add(self, record):
+        self.pending.append(record)
+
+    def flush(self):
+        """Writes what is pending; returns the last record as plain numbers."""
+        for record in self.pending:
+            sums = record.pop('sums', None)
+            record = {k: v.item() if torch.is_tensor(v) else v for k, v in record.items()}
+            record.update(task_losses(sums) if sums is not None else {})
+            self.file.write(json.dumps(record) + '\n')
+            if self.board:
+                for k, v in record.items():
+                    self.board.add_scalar(k, v, record['step'])
+            if self.wandb:
+                self.wandb.log(record, step=record['step'])
+        self.pending = []
+        self.file.flush()
+        return record
+
+
+def main():
+    """Set up, then the loop."""
+    dev = pick_device()
+    if threads:
+        torch.set_num_threads(threads)
+    amp = pick_dtype(dev)
+    autocast = torch.autocast(dev.type, amp) if amp != torch.float32 else nullcontext()
+    if not mixture:
+        raise UserError("mixture is empty: name datasets and rates, as config/demo_stage1.py does")
+    checkpoint = find_checkpoint()
+    source = checkpoint or init_from
+    datasets = [Dataset(Path(data_dir) / name) for name in mixture]
+    processor_settings = dict(seq_len=seq_len, task_weights=task_weights, length_weighting=length_weighting)
+    ours = dict(image_size=image_size, pooling=pooling, point_format=point_format, point_digits=point_digits)
+    if source:
+        model = load_model(source)
+        processor = Processor.load(source, model.config, **processor_settings, **ours)
+    else:
+        folder = tokenizer or language_weights
+        if not folder:
+            raise UserError("tokenizer, language_weights or init_from must name a folder with tokenizer.json")
+        patch = make_config(vision, language, recipe=recipe, connector=connector).vision.patch_size
+        processor = Processor(folder, patch_size=patch, **ours, **processor_settings)
+        model = build(processor.token_ids())
+    for part, trained in zip(model.parts().values(), (train_vision, train_connector, train_language)):
+        for p in part:
+            p.requires_grad_(trained)
+    model.language_model.recompute = recompute
+    if processor.vocab_size > model.config.language.vocab_size + model.config.language.extra_vocab_size:
+        raise UserError(f"the tokenizer has {processor.vocab_size} tokens, the decoder's vocabulary only "
+                        f"{model.config.language.vocab_size}")
+    print_plan(model, dev, amp, datasets, checkpoint)
+    if dry_run:
+        print('settings: ' + json.dumps(settings))
+        return
+    model.to(dev).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizers = make_optimizers(model)
+    step, loader_state = load_state(checkpoint, optimizers) if checkpoint else (0, None)
+    if compile:
+        model.compile()
+
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    for stray in Path(out_dir).glob('.step*.tmp'):         # a save that was cut off
+        shutil.rmtree(stray)
+    log = Log()
+    skipped = open(Path(out_dir) / 'skipped.jsonl', 'a')
+
+    def report(problem):
+        if not skipped.tell() or sum(loader.state['skipped'].values()) <= 5:
+            tqdm.write(f"skipped {problem['row']}: {problem['problem']}")
+        skipped.write(json.dumps(problem) + '\n')
+        skipped.flush()
+
+    def make_loader(split, state=None):
+        sets = datasets if split == 'train' else [Dataset(d.folder, split) for d in datasets]
+        return Loader(Mixture(sets, list(mixture.values()), seed), processor, batch_size,
+                      num_workers if split == 'train' else 0, state, seq_len if static_shapes else 0,
+                      max_bad_fraction, report if split == 'train' else None)
+
+    loader = make_loader('train', loader_state)
+    batches = prefetch(iter(loader), dev)
+    stop = []                                              # a signal asks; the loop answers after the step
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sig, lambda *_: stop.append(True))
+    peak = next((p for name, p in PEAK.items() if dev.type == 'cuda' and name in torch.cuda.get_device_name()), None)
+    nonfinite = torch.zeros(2, device=dev)                 # in a row, in all
+    bar = tqdm(total=max_steps, initial=step, unit='step', disable=None)
+    started = clock = time.perf_counter()
+
+    while step < max_steps and not stop:
+        # -- the micro-batches of this step. Their loss is one weighted mean: sum(weight x nll) / sum(weight) over all
+        #    of them, because the mean of means is not the mean: (x1/n1 + x2/n2)/2 != (x1+x2)/(n1+n2).
+        waiting = time.perf_counter()
+        micros = []
+        for _ in range(accumulation):
+            batch, loader_state = next(batches)
+            micros.append(batch)
+        waited = time.perf_counter() - waiting
+        total_weight = sum(m['total_weight'] for m in micros)
+        loss, sums = 0., 0.
+        for micro in micros:
+            with autocast:
+                weighted, nll = model(micro)
+            (weighted / total_weight).backward()
+            loss = loss + weighted.detach() / total_weight
+            sums = sums + task_sums(nll, micro['loss_tasks'])
+        lr_scale = get_lr_scale(step)
+        norm, bad = step_optimizers(optimizers, parameters, lr_scale)
+        nonfinite = torch.stack([(nonfinite[0] + 1) * bad, nonfinite[1] + bad])
+        step += 1
+
+        # -- keep track
+        now = time.perf_counter()
+        seconds, clock = now - clock, now
+        tokens = sum(m['n_tokens'] for m in micros)
+        record = {'step': step, 'loss': loss, 'sums': sums, 'lr': learning_rate * lr_scale, 'grad_norm': norm,
+                  'nonfinite': nonfinite[1], 'seconds': seconds, 'minutes': (now - started) / 60, 'data_wait': waited,
+                  'tokens': tokens, 'loss_tokens': sum(len(m['loss_index']) for m in micros),
+                  'visual_tokens': sum(len(m.get('visual_index', ())) for m in micros),
+                  'tokens_per_second': tokens / seconds, 'skipped': sum(loader_state['skipped'].values()),
+                  'tflops': sum(flops(model, m) for m in micros) / seconds / 1e12}
+        if peak:
+            record['mfu'] = record['tflops'] * 1e12 / peak
+        if dev.type == 'cuda':
+            record['memory_gb'] = torch.cuda.max_memory_allocated() / 1e9
+        log.add(record)
+        bar.update()
+        if step % log_interval == 0 or step == max_steps or stop:
+            last = log.flush()
+            bar.set_postfix_str(f"loss {last['loss']:.3f} | {last['tokens_per_second']:,.0f} tok/s | "
+                                f"data {100 * waited / seconds:.0f}%")
+            if bar.disable and step % (10 * log_interval) == 0:
+                print(f"step {step}: loss {last['loss']:.3f}, {last['tokens_per_second']:,.0f} tokens/s, waited "
+                      f"{waited:.3f} s of {seconds:.3f} for data", flush=True)
+            if nonfinite[0] >= max_nonfinite:
+                rows = [r for m in micros for r in m['rows']]
+                (Path(out_dir) / 'nonfinite_rows.json').write_text(json.dumps(rows))
+                raise UserError(f"{int(nonfinite[0])} steps in a row had a gradient that was not finite; the weights "
+                                f"are those of before. Lower learning_rate or use dtype = 'float32'; the last step's "
+                                f"rows are in {out_dir}/nonfinite_rows.json")
+        if eval_interval and (step % eval_interval == 0 or step == max_steps):
+            result = evaluate(model, make_loader, dev, autocast)
+            log.add({'step': step, **{f'validation/{k}': v for k, v in result.items()}})
+            log.flush()
+            tqdm.write(f'step {step}: validation ' + ', '.join(f'{k} {v:.3f}' for k, v in result.items()))
+            clock = time.perf_counter()
+        if step % save_interval == 0 or step == max_steps or stop:
+            save_checkpoint(step, model, processor, optimizers, loader_state)
+            clock = time.perf_counter()
+    bar.close()
+    print(f"{'stopped' if stop else 'done'} at step {step} after {(time.perf_counter() - started) / 60:.1f} minutes; "
+          f"{out_dir}/step{step:06d}" if step else 'nothing to do')
+    if loader_state and loader_state['skipped']:
+        print('rows skipped: ' + ', '.join(f'{k} {n}' for k, n in loader_state['skipped'].items())
+              + f'; see {out_dir}/skipped.jsonl')
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f'error: {e}')
