@@ -630,3 +630,127 @@ class Loader:
             raise UserError(f"{bad} of {self.state['seen']} rows could not be used, more than max_bad_fraction = "
                             f"{self.max_bad_fraction}: {self.state['skipped']}; last: {problem['row']}: "
                             f"{problem['problem']}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The inspector: what the model gets, for a person to look at
+
+STYLE = """<style>body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
+.t{border-radius:3px;padding:1px 0;border-right:1px solid #0002} .v{background:#cfe3ff} .s{color:#888}
+img{max-width:24em;image-rendering:auto;border:1px solid #ccc;vertical-align:top} h2{font-size:1em;margin-top:2em}
+pre,.tokens{white-space:pre-wrap;font-family:ui-monospace,monospace;font-size:13px;margin:.4em 0}
+table{border-collapse:collapse} td,th{padding:2px 10px;text-align:right} td:first-child,th:first-child{text-align:left}
+</style>"""
+
+
+def data_url(image):
+    buffer = io.BytesIO()
+    image.save(buffer, 'PNG')
+    return 'data:image/png;base64,' + base64.b64encode(buffer.getvalue()).decode()
+
+
+def as_model_sees(patches, processor, points=(), scale=1):
+    """Patches of one crop [num_patches, patch_dim] put back together, with points drawn: shape and order show at once."""
+    g, p = processor.grid[0], processor.patch_size
+    pixels = patches.reshape(g, g, p, p, 3).transpose(0, 2, 1, 3, 4).reshape(g * p, g * p, 3)
+    image = Image.fromarray(pixels).resize((g * p * scale,) * 2, Image.Resampling.NEAREST)
+    draw, r = ImageDraw.Draw(image), max(3, image.width // 100)
+    for point in points:
+        x, y = point['x'] * image.width, point['y'] * image.height
+        draw.ellipse((x - r, y - r, x + r, y + r), outline='white', fill='magenta')
+    return image
+
+
+def tokens_html(example, processor):
+    """Every token as a coloured box: green by loss weight, blue and counted for visual tokens, a line per branch."""
+    top = max(example.weights) or 1
+    lines, visual, branch = [''], 0, 0
+    for token, weight, b in zip([*example.tokens, None], [*example.weights, 0], [*example.branches, 0]):
+        if token == processor.image_pad:
+            visual += 1
+            continue
+        if visual:
+            lines[-1] += f'<span class="t v">&#9635; &times; {visual}</span>'
+            visual = 0
+        if token is None:
+            break
+        if b != branch:
+            lines.append('')
+            branch = b
+        text = processor.tokenizer.decode([token], skip_special_tokens=False)
+        shade = f'background:rgba(40,170,70,{.15 + .6 * weight / top:.2f})' if weight else ''
+        special = ' s' if token in (processor.im_start, processor.im_end) else ''
+        lines[-1] += (f'<span class="t{special}" style="{shade}" title="id {token}, loss weight {weight:.3g}">'
+                      f'{html.escape(text)}</span>')
+    return ''.join(f'<div class="tokens">{line}</div>' for line in lines)
+
+
+def inspect(settings, number=12):
+    """Prints counts and a few examples of a config's mixture; writes <out_dir>/inspect.html."""
+    from tqdm import tqdm
+    from model import make_config
+    vision = make_config(settings['vision'], settings['language'], recipe=settings['recipe']).vision
+    folder = settings['tokenizer'] or settings['init_from'] or settings['language_weights']
+    names = ('image_size', 'pooling', 'seq_len', 'point_format', 'point_digits', 'task_weights', 'length_weighting')
+    processor = Processor(folder, patch_size=vision.patch_size, **{k: settings[k] for k in names})
+    if not settings['mixture']:
+        raise UserError("mixture is empty; give a config: python data.py config/demo_stage1.py")
+    datasets = [Dataset(Path(settings['data_dir']) / name) for name in settings['mixture']]
+    mixture = Mixture(datasets, list(settings['mixture'].values()), settings['seed'])
+    rows, tokens, weights, skipped, lengths = Counter(), Counter(), Counter(), Counter(), []
+    page = [f"<!doctype html><meta charset='utf-8'><title>{html.escape(settings['out_dir'])}</title>{STYLE}",
+            '<p>Blue: visual tokens. Green: tokens with a loss, darker with its weight. One line a conversation: each '
+            'sees the first line and itself. Hover for ids and weights.</p>']
+    for k, d, row in tqdm(mixture.draws(), total=200, unit='row', disable=None):
+        if k == 200:
+            break
+        dataset = datasets[d]
+        try:
+            record = dataset[row]
+            example = processor.example(record, dataset.folder)
+        except BadRow as e:
+            skipped[f'{dataset.name}: {e.reason}'] += 1
+            tqdm.write(f'skipped {dataset.where(row)}: {e}')
+            continue
+        rows[dataset.name] += 1
+        lengths.append(len(example.tokens))
+        for task, weight in zip(example.tasks, example.weights):
+            if weight:
+                tokens[TASKS[task]] += 1
+                weights[TASKS[task]] += weight
+        if len(lengths) > number:
+            continue
+        page.append(f'<h2>draw {k}: {html.escape(dataset.where(row))}, {len(example.tokens)} tokens, '
+                    f'{len(record["conversations"])} conversations</h2>')
+        points = [p for c in record['conversations'] for m in c['messages'] for p in (m.get('points') or {}).get('points', ())]
+        for i in range(len(example.patches) if example.patches is not None else 0):
+            here = [p for p in points if p.get('image', 0) == i]
+            crop = as_model_sees(example.patches[i], processor, here, max(1, 256 // processor.image_size))
+            page.append(f'<img src="{data_url(crop)}">')
+        page.append(tokens_html(example, processor))
+        if len(lengths) <= 3:
+            print(f"\ndraw {k}: {dataset.where(row)}, {len(example.tokens)} tokens\n"
+                  + processor.tokenizer.decode([t for t in example.tokens if t != processor.image_pad],
+                                               skip_special_tokens=False))
+    table = [f"{'dataset':<16}{'rows':>12}{'rate':>8}{'drawn':>8}"]
+    table += [f'{d.name:<16}{len(d):>12,}{rate:>8.3f}{rows[d.name]:>8}' for d, rate in zip(datasets, mixture.rates)]
+    table += ['', f"{'task':<16}{'loss tokens':>12}{'share of loss weight':>22}"]
+    table += [f'{t:<16}{n:>12,}{weights[t] / sum(weights.values()):>22.1%}' for t, n in tokens.most_common()]
+    if lengths:
+        table += ['', f'tokens a row: mean {np.mean(lengths):.0f}, median {np.median(lengths):.0f}, '
+                      f'most {max(lengths)} of seq_len {processor.seq_len}']
+    table += [f'skipped {reason}: {n}' for reason, n in skipped.items()]
+    print('\n' + '\n'.join(table))
+    out = Path(settings['out_dir'])
+    out.mkdir(parents=True, exist_ok=True)
+    page.insert(2, '<pre>' + html.escape('\n'.join(table)) + '</pre>')
+    (out / 'inspect.html').write_text('\n'.join(page), encoding='utf-8')
+    print(f'\nwrote {out}/inspect.html')
+
+
+if __name__ == '__main__':
+    from configurator import configure, train_settings
+    try:
+        inspect(configure(train_settings()))
+    except UserError as e:
+        sys.exit(f'error: {e}')
