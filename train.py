@@ -89,7 +89,8 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from data import TASKS, Dataset, Loader, Mixture, Processor  # noqa: E402
-from model import UserError, VLM, layout, load_model, load_weights, make_config, memory_estimate, save_model  # noqa: E402
+from model import (UserError, VLM, from_hf, layout, load_model, load_weights, make_config,  # noqa: E402
+                   memory_estimate, read_json, save_model)
 
 
 def cosine(x):
@@ -123,16 +124,38 @@ def pick_dtype(dev):
     return torch.bfloat16 if fast_cpu or dev.type == 'cuda' and torch.cuda.is_bf16_supported() else torch.float32
 
 
-def build(tokens):
-    """The model with its first weights. `tokens` sets the ids that go into config.json."""
-    if init_from:
-        return load_model(init_from)
-    model = VLM(make_config(vision, language, recipe=recipe, connector=connector, pooling=pooling, **tokens))
-    model.init_weights(seed)
-    for folder, part in ((vision_weights, 'vision_tower.'), (language_weights, '')):
-        if folder:
-            load_weights(model, folder, only=part or ('language_model.', 'lm_head.'))
+def set_trained(model):
+    for part, trained in zip(model.parts().values(), (train_vision, train_connector, train_language)):
+        for p in part:
+            p.requires_grad_(trained)
+    model.language_model.recompute = recompute
     return model
+
+
+def new_model(**ids):
+    return VLM(make_config(vision, language, recipe=recipe, connector=connector, pooling=pooling, **ids))
+
+
+def build(checkpoint):
+    """The model with its first weights, and the processor: from a checkpoint of this run, from init_from, or new."""
+    ours = dict(image_size=image_size, pooling=pooling, point_format=point_format, point_digits=point_digits,
+                seq_len=seq_len, task_weights=task_weights, length_weighting=length_weighting)
+    if source := checkpoint or init_from:
+        model = load_model(source)
+        processor = Processor.load(source, model.config, **ours)
+    else:
+        if not (folder := tokenizer or language_weights):
+            raise UserError("tokenizer, language_weights or init_from must name a folder with tokenizer.json")
+        processor = Processor(folder, patch_size=make_config(vision, language, recipe=recipe).vision.patch_size, **ours)
+        model = new_model(**processor.token_ids())
+        model.init_weights(seed)
+        for folder, part in ((vision_weights, 'vision_tower.'), (language_weights, ('language_model.', 'lm_head.'))):
+            if folder:
+                load_weights(model, folder, only=part)
+    rows = model.config.language.vocab_size + model.config.language.extra_vocab_size
+    if processor.vocab_size > rows:
+        raise UserError(f"the tokenizer has {processor.vocab_size} tokens, the decoder's table only {rows} rows")
+    return set_trained(model), processor
 
 
 def make_optimizers(model):
@@ -171,7 +194,7 @@ def step_optimizers(optimizers, parameters, lr_scale):
             opt.step()
         elif not bad:                        # Muon knows no found_inf: one wait for the device a step
             for group in opt.param_groups:
-                torch._foreach_div_([p.grad for p in group['params']], scale)
+                torch._foreach_div_([p.grad for p in group['params'] if p.grad is not None], scale)
             opt.step()
         opt.zero_grad(set_to_none=True)
     return norm, bad
@@ -316,28 +339,48 @@ def load_state(folder, optimizers):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def print_plan(model, dev, amp, datasets, resumed):
+def plan(dev, amp, checkpoint):
+    """--dry_run: the resolved settings, the plan, and what is missing for it; neither weights nor data are needed."""
+    print('\n'.join(f'{k} = {v!r}' for k, v in settings.items()) + '\n')
+    with torch.device('meta'):
+        source = checkpoint or init_from
+        model = VLM(from_hf(read_json(Path(source) / 'config.json'))) if source else new_model()
+    datasets, missing = [], []
+    for name in mixture:
+        try:
+            datasets.append(Dataset(Path(data_dir) / name))
+        except UserError as e:
+            missing.append(str(e))
+    missing += [f'{folder} does not exist' for folder in (vision_weights, language_weights, tokenizer)
+                if folder and not Path(folder).is_dir()]
+    print_plan(set_trained(model), dev, amp, datasets, checkpoint)
+    print('\n'.join(f'missing: {m}' for m in missing) or 'nothing is missing')
+
+
+def print_plan(model, dev, amp, datasets, checkpoint):
     """What was decided, once, before the long silence."""
-    print(f"{'part':<12}{'parameters':>14}  ")
+    print(f"{'part':<12}{'parameters':>14}")
     for part, parameters in model.parts().items():
-        n, trained = sum(p.numel() for p in parameters), parameters[0].requires_grad
-        print(f"{part:<12}{n:>14,}  {'trained' if trained else 'frozen'}")
-    rows = batch_size * accumulation
-    native = layout(model.config)
-    total_rate = sum(mixture.values())
+        print(f"{part:<12}{sum(p.numel() for p in parameters):>14,}  "
+              f"{'trained' if parameters[0].requires_grad else 'frozen'}")
+    rows, total_rate = batch_size * accumulation, sum(mixture.values())
     for d in datasets:
-        draws = max_steps * rows * mixture[d.name] / total_rate
-        print(f"data {d.name}: {len(d):,} rows, rate {mixture[d.name] / total_rate:.3f}, {draws / len(d):.2f} epochs")
+        rate = mixture[d.name] / total_rate
+        print(f"data {d.name}: {len(d):,} rows, rate {rate:.3f}, {max_steps * rows * rate / len(d):.2f} epochs")
     print(f"steps {max_steps:,} of {rows} rows = {batch_size} x {accumulation} micro-batches, at most "
           f"{rows * seq_len:,} tokens a step, {rows * max_steps:,} rows in all")
     memory = memory_estimate(model, batch_size, seq_len, recompute, amp)
-    print('memory, estimated: ' + ', '.join(f'{k} {v / 1e9:.2f} GB' for k, v in memory.items()))
-    print(f"device {dev} with {torch.get_num_threads()} threads, {str(amp).removeprefix('torch.')}; attention "
-          + ('FlexAttention block masks' if dev.type == 'cuda' else 'SDPA with dense masks') + ' where rows have branches')
+    print('memory of full rows, estimated: ' + ', '.join(f'{k} {v / 1e9:.2f} GB' for k, v in memory.items()))
+    print(f"device {dev} with {torch.get_num_threads()} threads, {str(amp).removeprefix('torch.')}; rows with branches: "
+          + ('FlexAttention block mask' if dev.type == 'cuda' else 'SDPA with a dense mask'))
+    native = layout(model.config)
     print(f"checkpoints in {out_dir} open in transformers as {native}" if native else
           f"checkpoints in {out_dir} open here only: no native architecture expresses recipe '{recipe}' "
           f"with connector '{connector}' and a {model.config.vision.style} tower")
-    print(f"resuming from {resumed}" if resumed else f"starting from {init_from or 'new weights'}")
+    if native and native != 'molmo2' and image_size != model.config.vision.image_size:
+        print(f"note: pictures of {image_size} px on a position table of {model.config.vision.image_size} px: "
+              f"transformers needs interpolate_pos_encoding=True to do the same")
+    print(f"resuming from {checkpoint}" if checkpoint else f"starting from {init_from or 'new weights'}")
     print(f"ln(vocabulary) = {math.log(model.config.language.vocab_size):.3f}: the loss of a model that knows nothing",
           flush=True)
 
@@ -388,31 +431,11 @@ def main():
     if not mixture:
         raise UserError("mixture is empty: name datasets and rates, as config/demo_stage1.py does")
     checkpoint = find_checkpoint()
-    source = checkpoint or init_from
-    datasets = [Dataset(Path(data_dir) / name) for name in mixture]
-    processor_settings = dict(seq_len=seq_len, task_weights=task_weights, length_weighting=length_weighting)
-    ours = dict(image_size=image_size, pooling=pooling, point_format=point_format, point_digits=point_digits)
-    if source:
-        model = load_model(source)
-        processor = Processor.load(source, model.config, **processor_settings, **ours)
-    else:
-        folder = tokenizer or language_weights
-        if not folder:
-            raise UserError("tokenizer, language_weights or init_from must name a folder with tokenizer.json")
-        patch = make_config(vision, language, recipe=recipe, connector=connector).vision.patch_size
-        processor = Processor(folder, patch_size=patch, **ours, **processor_settings)
-        model = build(processor.token_ids())
-    for part, trained in zip(model.parts().values(), (train_vision, train_connector, train_language)):
-        for p in part:
-            p.requires_grad_(trained)
-    model.language_model.recompute = recompute
-    if processor.vocab_size > model.config.language.vocab_size + model.config.language.extra_vocab_size:
-        raise UserError(f"the tokenizer has {processor.vocab_size} tokens, the decoder's vocabulary only "
-                        f"{model.config.language.vocab_size}")
-    print_plan(model, dev, amp, datasets, checkpoint)
     if dry_run:
-        print('settings: ' + json.dumps(settings))
-        return
+        return plan(dev, amp, checkpoint)
+    datasets = [Dataset(Path(data_dir) / name) for name in mixture]
+    model, processor = build(checkpoint)
+    print_plan(model, dev, amp, datasets, checkpoint)
     model.to(dev).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers = make_optimizers(model)

@@ -1,0 +1,28 @@
+# make demo: draw the shapes world, train on it, score it, ask it something
+# make test: everything the suite checks, offline once the packages are installed
+# make bench: side by side with transformers on this machine
+PYTHON ?= python3
+BIN := .venv/bin
+
+demo: .venv/run
+	$(BIN)/python prepare/shapes.py
+	$(BIN)/python train.py config/demo_stage1.py
+	$(BIN)/python eval.py --checkpoint=out/demo_stage1 --data=data/shapes,data/clocks,data/shapes_text
+	$(BIN)/python sample.py --checkpoint=out/demo_stage1 --image=data/shapes/media/validation-000003.png --prompt="Point to every shape."
+
+test: .venv/test
+	$(BIN)/python -m pytest
+
+bench: .venv/test
+	$(BIN)/python bench.py --against=transformers
+
+.venv/run: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -r requirements.txt
+	touch $@
+
+.venv/test: requirements-test.txt .venv/run
+	$(BIN)/pip install -q -r requirements-test.txt
+	touch $@
+
+.PHONY: demo test bench

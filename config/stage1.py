@@ -1,0 +1,28 @@
+# Stage 1: captions, pointing and text. CLIP ViT-L/14 at 336 frozen, a linear connector, Qwen3-0.6B.
+# Values are the documents' (reference/recipe.md has the official ones).
+out_dir = 'out/stage1'
+vision = 'openai/clip-vit-large-patch14-336'
+language = 'Qwen/Qwen3-0.6B'
+vision_weights = 'weights/clip-vit-large-patch14-336'   # folders with the released safetensors
+language_weights = 'weights/Qwen3-0.6B'
+connector = 'linear'
+mixture = {                    # captions 60%, pointing 30%, text 10%
+    'pixmo-cap': 0.60,
+    'pixmo-points': 0.15,
+    'pixmo-count': 0.10,
+    'cosyn-point': 0.05,
+    'tulu-4': 0.10,
+}
+image_size = 336               # 24 x 24 patches, pooled 2 x 2: 144 tokens a picture
+pooling = 2
+seq_len = 4096
+batch_size = 32                # rows a GPU
+accumulation = 4
+recompute = 1                  # without it the activations of 32 full rows would be 380 GB (python model.py)
+learning_rate = 1e-4
+warmup_steps = 2000
+max_steps = 100000
+schedule = 'cosine'
+grad_clip = 1.0
+save_interval = 5000
+num_workers = 8

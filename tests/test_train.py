@@ -1,0 +1,299 @@
+"""The training loop, as a user runs it: python train.py ... on a world of a few pictures and a model of a few numbers."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import model as model_module  # noqa: E402
+import train  # noqa: E402
+
+TINY = dict(vision="{'hidden_size': 32, 'intermediate_size': 64, 'num_layers': 1, 'num_heads': 2, 'image_size': 32, "
+                   "'patch_size': 8, 'feature_layers': (-1,)}",
+            language="{'hidden_size': 32, 'intermediate_size': 64, 'num_layers': 2, 'num_heads': 4, 'num_kv_heads': 2, "
+                     "'head_dim': 8, 'vocab_size': 1024}",
+            image_size=32, pooling=1, train_vision=True, seq_len=512, batch_size=2, learning_rate=3e-3, warmup_steps=2,
+            max_steps=20, save_interval=100, eval_interval=0, num_workers=0, threads=1, dtype='float32',
+            mixture="{'shapes': 0.8, 'shapes_text': 0.2}")
+
+
+@pytest.fixture(scope='session')
+def world(tmp_path_factory):
+    """data/shapes, data/clocks and data/shapes_text with a handful of rows, and the tokenizer."""
+    out = tmp_path_factory.mktemp('world')
+    subprocess.run([sys.executable, ROOT / 'prepare/shapes.py', '--out', out, '--num', '40', '--num_clocks', '10',
+                    '--num_text', '20', '--num_validation', '10', '--workers', '1'], check=True, capture_output=True)
+    return out
+
+
+def command(world, out, *args, **settings):
+    settings = {**TINY, 'data_dir': world, 'tokenizer': world / 'shapes', 'out_dir': out, **settings}
+    return [sys.executable, str(ROOT / 'train.py'), *args, *(f'--{k}={v}' for k, v in settings.items())]
+
+
+def run(world, out, *args, code=0, **settings):
+    done = subprocess.run(command(world, out, *args, **settings), capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def metrics(out):
+    lines = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
+    return {r['step']: r for r in lines if 'loss' in r}
+
+
+def weights(out):
+    return load_file(out / (out / 'latest').read_text().strip() / 'model.safetensors')
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# -- resume
+
+@pytest.fixture(scope='session')
+def uninterrupted(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp('whole') / 'out'
+    run(world, out)
+    return out
+
+
+def test_resume_is_bit_exact_twice_at_odd_steps_and_with_workers(world, uninterrupted, tmp_path):
+    # The learning rate must not depend on where a run was cut, so max_steps stays and a signal or save does the cutting
+    for stop in (7, 13):
+        partial(world, tmp_path / 'out', stop)
+    run(world, tmp_path / 'out', num_workers=1)
+    assert same(weights(uninterrupted), weights(tmp_path / 'out'))
+    whole, pieces = metrics(uninterrupted), metrics(tmp_path / 'out')
+    assert [whole[i]['loss'] for i in range(1, 21)] == [pieces[i]['loss'] for i in range(1, 21)]
+    # A test that compares hashes must know that something was learned
+    first = model_module.load_model(uninterrupted / 'step000020')
+    start = model_module.VLM(first.config)
+    start.init_weights(train.seed)
+    assert not torch.equal(first.language_model.norm.weight, start.language_model.norm.weight)
+
+
+def partial(world, out, stop):
+    """Runs in this process's child until a SIGTERM raised from inside at step `stop`: as a scheduler would."""
+    code = ("import os, signal, sys, runpy; sys.argv = sys.argv[1:]; import torch; n = [0]; step = torch.optim.AdamW.step\n"
+            "def counted(self, *a, **k):\n"
+            "    n[0] += 1\n"
+            "    if n[0] == int(os.environ['STOP_AFTER']): os.kill(os.getpid(), signal.SIGTERM)\n"
+            "    return step(self, *a, **k)\n"
+            "torch.optim.AdamW.step = counted\n"
+            "runpy.run_path(sys.argv[0], run_name='__main__')")
+    done = max([0, *(int(p.name[4:]) for p in out.glob('step*'))])
+    argv = command(world, out)
+    finished = subprocess.run([sys.executable, '-c', code, *argv[1:]], capture_output=True, text=True, cwd=ROOT,
+                              env={**os.environ, 'OMP_NUM_THREADS': '1', 'STOP_AFTER': str(stop - done)})
+    assert finished.returncode == 0, finished.stdout + finished.stderr    # SIGTERM saves and leaves with 0
+    assert (out / 'latest').read_text().strip() == f'step{stop:06d}'
+
+
+def test_interrupted_save_leaves_the_last_checkpoint(world, uninterrupted, tmp_path):
+    out = tmp_path / 'out'
+    run(world, out, max_steps=4)
+    stray = out / '.step000099.tmp'            # what a crash in the middle of a save leaves
+    stray.mkdir()
+    (stray / 'model.safetensors').write_bytes(b'half')
+    run(world, out, max_steps=6, save_interval=1, keep=2)
+    assert not stray.exists() and sorted(p.name for p in out.glob('step*')) == ['step000005', 'step000006']
+
+
+# -- the objective
+
+def test_accumulation_and_rows_do_not_change_the_step(world, tmp_path):
+    """4 x 1, 2 x 2 and 1 x 4 micro-batches: same loss, same gradient norm, same weights after a step."""
+    outs = []
+    for i, (rows, times) in enumerate(((4, 1), (2, 2), (1, 4))):
+        outs.append(tmp_path / str(i))
+        run(world, outs[-1], batch_size=rows, accumulation=times, max_steps=2)
+    one = metrics(outs[0])
+    for out in outs[1:]:
+        for step in (1, 2):
+            assert metrics(out)[step]['loss'] == pytest.approx(one[step]['loss'], rel=1e-5)
+            assert metrics(out)[step]['grad_norm'] == pytest.approx(one[step]['grad_norm'], rel=1e-4)
+
+
+def test_a_tree_is_the_weighted_sum_of_its_conversations(world):
+    """Loss and gradients of a record with many branches equal those of its conversations one by one (float32)."""
+    dataset = data.Dataset(world / 'shapes')
+    settings = {k: eval(v) if k in ('vision', 'language') else v for k, v in TINY.items()}
+    processor = data.Processor(world / 'shapes', 32, 8, 1, 512, point_digits=2, task_weights=train.task_weights)
+    vlm = model_module.VLM(model_module.make_config(settings['vision'], settings['language'], pooling=1,
+                                                    **processor.token_ids()))
+    vlm.init_weights(1)
+    record = dataset[3]
+    assert len(record['conversations']) > 3
+
+    def loss_and_gradients(records):
+        vlm.zero_grad()
+        loss = 0.
+        for r in records:
+            batch = data.collate([processor.example(r, dataset.folder)], processor)
+            loss_, _ = vlm(batch)
+            loss_.backward()
+            loss += loss_.item()
+        return loss, {n: p.grad.clone() for n, p in vlm.named_parameters()}
+    whole, whole_grad = loss_and_gradients([record])
+    parts, parts_grad = loss_and_gradients([{**record, 'conversations': [c]} for c in record['conversations']])
+    assert whole == pytest.approx(parts, rel=1e-5)
+    for name, grad in whole_grad.items():
+        torch.testing.assert_close(grad, parts_grad[name], rtol=1e-4, atol=1e-5 * whole, msg=name)
+        assert grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_a_non_finite_gradient_never_reaches_the_weights(optimizer, monkeypatch):
+    for name, value in dict(optimizer=optimizer, grad_clip=1., weight_decay=.1, train_language=True).items():
+        monkeypatch.setattr(train, name, value)
+    vision, language = eval(TINY['vision']), eval(TINY['language'])
+    vlm = model_module.VLM(model_module.make_config(vision, language, pooling=1))
+    vlm.init_weights()
+    optimizers, parameters = train.make_optimizers(vlm), list(vlm.parameters())
+
+    def state():
+        moments = [v.clone() for o in optimizers for s in o.state.values() for v in s.values() if torch.is_tensor(v)]
+        return [p.detach().clone() for p in parameters] + moments
+
+    def step(value):
+        torch.manual_seed(0)
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        parameters[5].grad.view(-1)[0] = value
+        return train.step_optimizers(optimizers, parameters, 1.)
+    assert step(1.)[1] == 0
+    for poison in (float('nan'), float('inf')):
+        before = state()
+        norm, bad = step(poison)
+        assert bad == 1 and not torch.isfinite(norm)
+        assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+    assert step(1.)[1] == 0 and not all(torch.equal(a, b) for a, b in zip(before, state()))
+
+
+def test_clipping_by_grad_scale_is_clipping(monkeypatch):
+    """Fused AdamW divides by grad_scale; the same step with clip_grad_norm_ and no scale gives the same weights."""
+    monkeypatch.setattr(train, 'grad_clip', .5)
+    monkeypatch.setattr(train, 'optimizer', 'adamw')
+    results = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        vlm = model_module.VLM(model_module.make_config(eval(TINY['vision']), eval(TINY['language']), pooling=1))
+        vlm.init_weights()
+        parameters = list(vlm.parameters())
+        opt = train.make_optimizers(vlm)
+        for _ in range(3):
+            for p in parameters:
+                p.grad = torch.randn_like(p)
+            if ours:
+                train.step_optimizers(opt, parameters, .7)
+            else:
+                torch.nn.utils.clip_grad_norm_(parameters, .5)
+                for group in opt[0].param_groups:
+                    group['lr'] = group['peak'] * .7
+                opt[0].step()
+        results.append([p.detach().clone() for p in parameters])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_schedules(monkeypatch):
+    for name, value in dict(warmup_steps=10, max_steps=110, min_lr_ratio=.1, learning_rate=1.).items():
+        monkeypatch.setattr(train, name, value)
+    for schedule, middle, end in (('cosine', .55, .1), ('linear', .55, .1), ('constant', 1, 1),
+                                  ('inverse_sqrt', (10 / 61) ** .5, (10 / 111) ** .5)):
+        monkeypatch.setattr(train, 'schedule', schedule)
+        assert train.get_lr_scale(0) == .1 and train.get_lr_scale(9) == 1
+        assert train.get_lr_scale(60) == pytest.approx(middle, abs=1e-6)
+        assert train.get_lr_scale(110) == pytest.approx(end, abs=1e-6)
+
+
+def test_it_learns(world, tmp_path):
+    """Forty pictures by heart: from ln(1024) = 6.9 to less than a quarter of it."""
+    run(world, tmp_path, max_steps=150, batch_size=4, eval_interval=150, eval_batches=2)
+    record = metrics(tmp_path)
+    assert record[1]['loss'] == pytest.approx(6.93, abs=.1) and record[150]['loss'] < 6.93 / 4
+    assert 'loss/pointing' in record[150] and record[150]['tokens_per_second'] > 0
+    assert len(record) == 150
+
+
+def test_frozen_parts_stay_and_carry_no_state(world, tmp_path):
+    run(world, tmp_path, max_steps=2, train_vision=False)
+    start = model_module.load_model(tmp_path / 'step000002')
+    fresh = model_module.VLM(start.config)
+    fresh.init_weights(train.seed)
+    assert all(torch.equal(a, b) for a, b in zip(start.vision_tower.parameters(), fresh.vision_tower.parameters()))
+    state = torch.load(tmp_path / 'step000002/train_state/state.pt', weights_only=True)
+    assert len(state['optimizers'][0]['state']) == len(list(fresh.parameters())) - len(fresh.parts()['vision'])
+
+
+# -- kindness
+
+def test_dry_run_prints_the_plan_and_writes_nothing(world, tmp_path):
+    out = run(world, tmp_path / 'out', dry_run=True).stdout
+    assert 'learning_rate = 0.003' in out and 'ln(vocabulary) = 6.931' in out and 'nothing is missing' in out
+    assert not (tmp_path / 'out').exists()
+
+
+def test_dry_run_of_stage1_needs_neither_weights_nor_data():
+    done = subprocess.run([sys.executable, 'train.py', 'config/stage1.py', '--dry_run', '--device=cpu'], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert '596,049,920  trained' in done.stdout and '290,909,184  frozen' in done.stdout
+    assert 'missing: data/pixmo-cap/train.jsonl' in done.stdout
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(learning_rat=1), "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
+    (dict(batch_size='many'), 'batch_size'),
+    (dict(mixture="{'nowhere': 1.0}"), 'nowhere/train.jsonl does not exist'),
+    (dict(mixture='{}'), 'mixture is empty'),
+    (dict(tokenizer='/nonexistent'), 'tokenizer.json does not exist'),
+    (dict(vision='clip'), "vision = 'clip' is not in the table"),
+    (dict(init_from='/nonexistent'), 'is not a checkpoint folder'),
+    (dict(image_size=33), 'image_size 33 is not a multiple'),
+    (dict(language=TINY['language'].replace('1024', '64')), "the decoder's table only 64 rows"),
+])
+def test_a_mistake_is_one_line_and_nothing_is_written(world, tmp_path, change, message):
+    done = run(world, tmp_path / 'out', code=1, **change)
+    assert message in done.stderr and 'Traceback' not in done.stderr
+    assert not (tmp_path / 'out').exists()
+
+
+def test_bad_rows_are_skipped_counted_and_named(world, tmp_path):
+    folder = tmp_path / 'mixed'
+    (folder / 'media').mkdir(parents=True)
+    Image.new('RGB', (32, 32), 'red').save(folder / 'media/ok.png')
+    (folder / 'media/text.jpg').write_text('not a picture')
+    (folder / 'media/cut.png').write_bytes((folder / 'media/ok.png').read_bytes()[:60])
+    talk = [{'role': 'user', 'content': 'What colour?'}, {'role': 'assistant', 'content': 'red'}]
+    good = json.dumps({'images': ['media/ok.png'], 'messages': talk})
+    bad = [json.dumps({'images': [f'media/{name}'], 'messages': talk}) for name in ('text.jpg', 'cut.png', 'none.png')]
+    bad += ['{"images": [', json.dumps({'images': [], 'messages': talk[:1]})]
+    (folder / 'train.jsonl').write_text('\n'.join([good] * 10 + bad) + '\n')
+    settings = dict(data_dir=tmp_path, mixture="{'mixed': 1.0}", max_steps=15)
+    done = run(world, tmp_path / 'out', max_bad_fraction=.5, **settings)
+    problems = [json.loads(line) for line in (tmp_path / 'out/skipped.jsonl').read_text().splitlines()]
+    assert {p['reason'] for p in problems} == {'unreadable media', 'missing media', 'broken JSON', 'no answer'}
+    assert {p['row'].rsplit(' ')[-1] for p in problems} == {'11', '12', '13', '14', '15'}
+    assert 'rows skipped: mixed: ' in done.stdout and metrics(tmp_path / 'out')[15]['skipped'] == len(problems)
+    assert 'max_bad_fraction' in run(world, tmp_path / 'out2', code=1, **{**settings, 'max_steps': 100}).stderr
+
+
+def test_muon_trains_and_resumes(world, tmp_path):
+    run(world, tmp_path / 'a', optimizer='muon', max_steps=6)
+    partial_settings = dict(optimizer='muon', max_steps=6, save_interval=3)
+    run(world, tmp_path / 'b', **partial_settings)
+    (tmp_path / 'b/latest').write_text('step000003\n')       # as if killed after the save at step 3
+    run(world, tmp_path / 'b', **partial_settings)
+    assert same(weights(tmp_path / 'a'), weights(tmp_path / 'b'))
