@@ -277,6 +277,14 @@ class VisionEmbeddings(nn.Module):
         return x + self.positions(grid)
 
 
+def sincos_positions(grid, width):
+    """[grid x grid, width]: sines and cosines of the row in one half, of the column in the other (MAE, He et al. 2022)."""
+    frequency = 100 ** -(torch.arange(width // 4) / (width // 4))
+    angle = torch.arange(grid)[:, None] * frequency                                              # [grid, width / 4]
+    one = torch.cat([angle.sin(), angle.cos()], 1)                                               # [grid, width / 2]
+    return torch.cat([one.repeat_interleave(grid, 0), one.repeat(grid, 1)], 1)
+
+
 class VisionTransformer(nn.Module):
     """CLIP (Radford et al. 2021) and SigLIP2 (Tschannen et al. 2025) towers.
 
@@ -545,7 +553,8 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed=0):
-        """Random weights for training from nothing: N(0, 0.02), norms 1, biases 0."""
+        """Random weights for training from nothing: N(0, 0.02), norms 1, biases 0, and positions that a linear layer
+        can read at once, for where things are is what a pointing model learns last."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if name.endswith('bias'):
@@ -554,6 +563,9 @@ class VLM(nn.Module):
                 p.fill_(1)
             else:
                 p.normal_(0, 0.02, generator=generator)
+        table = self.vision_tower.embeddings.position_embedding.weight
+        g = self.vision_tower.embeddings.grid
+        table[-g * g:] = sincos_positions(g, table.shape[1])
 
     def parts(self):
         """name -> parameters, in the three parts that have a learning rate of their own. The tied table is language."""
