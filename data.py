@@ -36,7 +36,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from tokenizers import Tokenizer
 
-from model import UserError, read_json
+from model import UserError, load_model, read_json
 
 TASKS = ('captioning', 'qa', 'counting', 'pointing', 'tracking', 'text', 'other')
 MAX_PIXELS = 100_000_000                     # a larger picture is a decompression bomb or a mistake
@@ -450,6 +450,15 @@ class Processor:
         return cls(folder, **{**settings, **overrides})
 
 
+def load_checkpoint(path, **settings):
+    """(model, processor) of a checkpoint folder, or of the one that a run's `latest` names."""
+    folder = Path(path)
+    if (latest := folder / 'latest').is_file():
+        folder = folder / latest.read_text().strip()
+    model = load_model(folder)
+    return model, Processor.load(folder, model.config, **settings), folder
+
+
 def _pixel_stats(folder):
     from model import PIXEL_STATS, from_hf
     return PIXEL_STATS[from_hf(read_json(Path(folder) / 'config.json')).vision.style]
@@ -479,20 +488,22 @@ CHAT_TEMPLATE = """\
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches
 
-def collate(examples, processor, length=0, left=False):
-    """Examples -> a batch for the model, padded to `length` or the longest (on the left for generation)."""
-    L = length or -(-max(len(e.tokens) for e in examples) // 8) * 8
-    B = len(examples)
+def collate(examples, processor, length=0, left=False, packed=False):
+    """Examples -> a batch for the model: a row each, padded to `length` or the longest (on the left for generation),
+    or, `packed`, one after the other in a single row without padding, as documents 0, 1, .."""
+    sizes = [len(e.tokens) for e in examples]
+    need = sum(sizes) if packed else max(sizes)
+    B, L = 1 if packed else len(examples), length or -(-need // 8) * 8     # of eight, as vector units like
     tokens = np.full((B, L), processor.pad)
     targets, weights = np.full((B, L), processor.pad), np.zeros((B, L), np.float32)
     positions, tasks, branches = (np.zeros((B, L), np.int64) for _ in range(3))
     documents = np.full((B, L), -1)
     patches, pool, visual, offset = [], [], [], 0
-    for b, e in enumerate(examples):
-        n = len(e.tokens)
-        start = L - n if left else 0
+    for i, (e, n) in enumerate(zip(examples, sizes)):
+        b, start = (0, sum(sizes[:i])) if packed else (i, L - n if left else 0)
         row = slice(start, start + n)
-        tokens[b, row], positions[b, row], branches[b, row], documents[b, row] = e.tokens, e.positions, e.branches, 0
+        tokens[b, row], positions[b, row], branches[b, row] = e.tokens, e.positions, e.branches
+        documents[b, row] = i if packed else 0
         # Position i predicts token i + 1. The first token of a branch has no weight, so no loss crosses branches.
         before = slice(start, start + n - 1)
         targets[b, before], weights[b, before], tasks[b, before] = e.tokens[1:], e.weights[1:], e.tasks[1:]
@@ -509,8 +520,8 @@ def collate(examples, processor, length=0, left=False):
         batch.update(patches=np.concatenate(patches), pool_index=np.concatenate(pool),
                      visual_index=np.concatenate(visual))
     batch = {k: torch.from_numpy(v) for k, v in batch.items()}
-    # Plain causal attention is the mask where rows have at most one branch and no padding in front
-    batch['causal'] = int(branches.max()) <= 1 and not (left and (documents < 0).any())
+    # Plain causal attention is the mask where rows hold one document with at most one branch, and no padding in front
+    batch['causal'] = int(branches.max()) <= 1 and not (packed or left and (documents < 0).any())
     # Counted here, on the CPU, so that the training loop need not ask the device: tokens, pairs that see each other (a
     # token at position p sees p + 1), the sum of the loss weights
     batch.update(grid=processor.grid, n_tokens=int((documents >= 0).sum()), total_weight=float(weights.sum()),
@@ -593,8 +604,9 @@ class Loader:
     """
 
     def __init__(self, mixture, processor, batch_size, num_workers=0, state=None, length=0, max_bad_fraction=.1,
-                 report=None):
-        self.batch_size, self.length, self.max_bad_fraction, self.report = batch_size, length, max_bad_fraction, report
+                 report=None, packed=False):
+        self.batch_size, self.length, self.packed = batch_size, length, packed
+        self.max_bad_fraction, self.report = max_bad_fraction, report
         self.rows = _Rows(mixture, processor)
         self.state = {'draw': 0, 'seen': 0, 'skipped': {}, **(state or {})}
         self.state['skipped'] = dict(self.state['skipped'])
@@ -616,7 +628,7 @@ class Loader:
             rows_of.append((self.rows.mixture.datasets[d].name, row))
             if len(examples) == self.batch_size:
                 self.state['draw'] = k + 1
-                batch = collate(examples, self.rows.processor, self.length)
+                batch = collate(examples, self.rows.processor, self.length, packed=self.packed)
                 batch['rows'], examples, rows_of = rows_of, [], []
                 yield batch, {**self.state, 'skipped': dict(self.state['skipped'])}
 
@@ -649,16 +661,25 @@ def data_url(image):
     return 'data:image/png;base64,' + base64.b64encode(buffer.getvalue()).decode()
 
 
+def draw_points(image, points, colour='magenta'):
+    """A copy of an RGB picture with numbered dots, large enough to be seen at this picture's size."""
+    image = image.copy()
+    draw, r = ImageDraw.Draw(image), max(3, max(image.size) // 90)
+    for n, point in enumerate(points, 1):
+        x, y = point['x'] * image.width, point['y'] * image.height
+        draw.ellipse((x - r, y - r, x + r, y + r), outline='white', fill=colour, width=max(1, r // 4))
+        # beside the dot, on the side that has room
+        anchor = 'lm' if x < image.width * .9 else 'rm'
+        draw.text((x + (1.5 if anchor == 'lm' else -1.5) * r, y), str(point.get('id', n)), fill=colour, anchor=anchor,
+                  font_size=max(10, 3 * r), stroke_width=max(1, r // 3), stroke_fill='white')
+    return image
+
+
 def as_model_sees(patches, processor, points=(), scale=1):
     """Patches of one crop [num_patches, patch_dim] put back together, with points drawn: shape and order show at once."""
     g, p = processor.grid[0], processor.patch_size
     pixels = patches.reshape(g, g, p, p, 3).transpose(0, 2, 1, 3, 4).reshape(g * p, g * p, 3)
-    image = Image.fromarray(pixels).resize((g * p * scale,) * 2, Image.Resampling.NEAREST)
-    draw, r = ImageDraw.Draw(image), max(3, image.width // 100)
-    for point in points:
-        x, y = point['x'] * image.width, point['y'] * image.height
-        draw.ellipse((x - r, y - r, x + r, y + r), outline='white', fill='magenta')
-    return image
+    return draw_points(Image.fromarray(pixels).resize((g * p * scale,) * 2, Image.Resampling.NEAREST), points)
 
 
 def tokens_html(example, processor):

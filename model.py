@@ -26,6 +26,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -37,6 +38,21 @@ from torch.utils.checkpoint import checkpoint
 
 class UserError(ValueError):
     """Something the user can put right. The message says what, where and what to do; scripts print it and exit."""
+
+
+def pick_device(name='auto'):
+    if name != 'auto':
+        return torch.device(name)
+    return torch.device('cuda' if torch.cuda.is_available() else
+                        'mps' if torch.backends.mps.is_available() else 'cpu')
+
+
+def pick_dtype(name, device):
+    """'auto': bfloat16 where the hardware multiplies it, CUDA from Ampere on and CPUs with AVX512-BF16, else float32."""
+    if name != 'auto':
+        return getattr(torch, name)
+    fast_cpu = device.type == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
+    return torch.bfloat16 if fast_cpu or device.type == 'cuda' and torch.cuda.is_bf16_supported() else torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,6 +205,64 @@ def make_mask(document_ids, branch_ids, visual=None):
     return sees(b, None, i, j)[:, None]                                                          # [B, 1, L, L]
 
 
+def small_attention(query, key, value, mask):
+    """`attention` spelled out. On a CPU the backward pass of SDPA costs 3 times this one for short pieces in bfloat16;
+    for long ones the scores would be too many to keep."""
+    N, heads, Q, D = query.shape
+    kv_heads, K = key.shape[1:3]
+    if Q * K > 2 ** 16:
+        return attention(query, key, value, mask)
+    # The heads / kv_heads query heads of a key head follow one another: more rows of the same product
+    query = query.reshape(N, kv_heads, -1, D)                                                    # [N, kv, g Q, D]
+    scores = (query * D ** -.5) @ key.transpose(2, 3)                                            # [N, kv, g Q, K]
+    bias = torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)           # [N, 1, Q, K]
+    scores = scores.view(N, kv_heads, -1, Q, K) + bias[:, :, None]
+    return (scores.softmax(-1).view(N, kv_heads, -1, K).to(value.dtype) @ value).view(N, heads, Q, D)
+
+
+class Segments:
+    """The mask of a packed batch as small dense pieces, for the CPU, where a mask skips no work.
+
+    A stretch of tokens of one document and branch sees itself, causally, and the shared part of its document: one
+    attention of [queries] over [shared part + queries]. Stretches of similar length go through one call, padded.
+    Trees of short conversations cost several times less than under a row's dense mask, and the rule is the same.
+    """
+
+    def __init__(self, document_ids, branch_ids):
+        B, L = document_ids.shape
+        row, document, branch = np.arange(B * L) // L, document_ids.numpy().ravel(), branch_ids.numpy().ravel()
+        new = np.diff(row, prepend=-1) | np.diff(document, prepend=-2) | np.diff(branch, prepend=-2)
+        start = np.flatnonzero(new)                                                  # of each stretch, in B x L
+        length = np.diff(start, append=B * L)
+        roots = {(row[i], document[i]): (i, n) for i, n in zip(start, length) if branch[i] == 0}
+        shared, shared_length = np.array([roots.get((row[i], document[i]), (0, 0)) if branch[i] else (0, 0)
+                                          for i in start]).T
+        self.groups, self.place, base = [], np.empty(B * L, np.int64), 0
+        bucket = np.ceil(np.log2(length)).astype(int) * 2 + (shared_length > 0)
+        for b in np.unique(bucket):
+            first, n, root, m = (x[bucket == b, None] for x in (start, length, shared, shared_length))
+            Q, P = np.arange(n.max()), np.arange(m.max())
+            queries = np.minimum(first + Q, first + n - 1)                                       # [N, Q]
+            keys = np.concatenate([np.minimum(root + P, B * L - 1), queries], 1)                 # [N, P + Q]
+            sees = np.concatenate([np.broadcast_to((P < m)[:, None], (len(n), len(Q), len(P))),
+                                   np.broadcast_to(Q <= Q[:, None], (len(n), len(Q), len(Q)))], 2)
+            at = base + np.arange(queries.size).reshape(queries.shape)
+            self.place[queries[Q < n]] = at[Q < n]
+            self.groups.append([torch.from_numpy(x) for x in (queries, keys, sees[:, None])])
+            base += queries.size
+        self.place = torch.from_numpy(self.place)          # [B L], where each token's result stands in the pieces
+
+    def attend(self, query, key, value):
+        """As `attention`; query [B, heads, L, D], key and value [B, kv heads, L, D]."""
+        flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]                    # [B L, heads, D]
+        pieces = []
+        for queries, keys, sees in self.groups:
+            q, k, v = (x.index_select(0, i.flatten()).unflatten(0, i.shape).transpose(1, 2)      # [N, heads, ., D]
+                       for x, i in zip(flat, (queries, keys, keys)))
+            pieces.append(small_attention(q, k, v, sees).transpose(1, 2).flatten(0, 1))          # [N Q, heads, D]
+        return torch.cat(pieces).index_select(0, self.place).unflatten(0, (len(query), -1)).transpose(1, 2)
+
+
 _flex_attention = torch.compile(flex_attention)  # compiles at its first call, which only CUDA makes
 
 
@@ -198,6 +272,8 @@ def attention(query, key, value, mask):
     mask: None (all see all), 'causal', boolean [B, 1, L, S], or a block mask. Query head h reads key head
     h // (heads / kv heads).
     """
+    if isinstance(mask, Segments):
+        return mask.attend(query, key, value)
     if isinstance(mask, BlockMask):
         return _flex_attention(query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1])
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask if torch.is_tensor(mask) else None,
@@ -361,7 +437,8 @@ class Connector(nn.Module):
 
     def forward(self, features, pool_index):
         valid = pool_index >= 0
-        x = features.flatten(0, 1)[pool_index.clamp(min=0)] * valid[..., None]                   # [T, W, C]
+        x = features.flatten(0, 1).index_select(0, pool_index.clamp(min=0).flatten())
+        x = x.unflatten(0, pool_index.shape) * valid[..., None]                                  # [T, W, C]
         if self.kind == 'molmo2':
             return self.image_projector(self.image_pooling_2d(x, valid))
         x = x.squeeze(1) if x.shape[1] == 1 else x.sum(1) / valid.sum(1, keepdim=True)           # [T, C]
@@ -379,7 +456,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def rotary_table(position_ids, head_dim, theta):
@@ -424,14 +501,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(d, config.rms_norm_eps)
         self.k_norm = RMSNorm(d, config.rms_norm_eps)
 
-    def forward(self, x, rotary, mask, cache=None, layer=0):
+    def forward(self, x, rotary, mask, cache=None, layer=0, rows=None):
         query, key, value = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))
         query = rotate(self.q_norm(query).transpose(1, 2), *rotary)                              # [B, heads, L, d]
         key = rotate(self.k_norm(key).transpose(1, 2), *rotary)                                  # [B, kv heads, L, d]
         value = value.transpose(1, 2)
         if cache is not None:
             key, value = cache.extend(layer, key, value)
-        return self.o_proj(attention(query, key, value, mask).transpose(1, 2).flatten(2))
+        x = attention(query, key, value, mask).transpose(1, 2).flatten(2)                        # [B, L, heads x d]
+        return self.o_proj(x if rows is None else x.flatten(0, 1).index_select(0, rows))
 
 
 class Block(nn.Module):
@@ -442,14 +520,16 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.hidden_size)
 
-    def forward(self, x, rotary, mask, cache=None, layer=0):
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache, layer)
+    def forward(self, x, rotary, mask, cache=None, layer=0, rows=None):
+        attended = self.self_attn(self.input_layernorm(x), rotary, mask, cache, layer, rows)
+        x = (x if rows is None else x.flatten(0, 1).index_select(0, rows)) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """x [B, L, width] of embeddings -> hidden states after the final norm.
+    """x [B, L, width] of embeddings -> hidden states after the final norm: of all, or of `rows` (flat places) [N, width].
 
+    With `rows` the last block drops the other tokens once they have been attended to: nobody reads what becomes of them.
     `recompute` = n > 0 keeps only the inputs of every n-th block for the backward pass and computes the rest again.
     """
 
@@ -461,15 +541,19 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, position_ids, mask, cache=None):
+    def forward(self, x, position_ids, mask, cache=None, rows=None):
         rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta)
+        device = x.device.type             # in the type of queries and keys: no wider products, no copies
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        rotary = [t.to(dtype) for t in rotary]
         for i, block in enumerate(self.layers):
+            keep = rows if i == len(self.layers) - 1 else None
             if self.recompute and torch.is_grad_enabled() and i % self.recompute == 0:
-                x = checkpoint(block, x, rotary, mask, use_reentrant=False)
+                x = checkpoint(block, x, rotary, mask, None, i, keep, use_reentrant=False)
             else:
-                x = block(x, rotary, mask, cache, i)
+                x = block(x, rotary, mask, cache, i, keep)
         if cache is not None:
-            cache.length += x.shape[1]
+            cache.length += position_ids.shape[1]
         return self.norm(x)
 
 
@@ -493,14 +577,13 @@ class WeightedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         for i in range(0, len(hidden), chunk):
             rows = slice(i, i + chunk)
-            logits = (hidden_[rows] @ weight_.T).float()                                         # [chunk, V]
-            at_target = logits.gather(1, targets[rows, None])
-            total = logits.logsumexp(1, keepdim=True)
-            nll[rows] = (total - at_target)[:, 0]
+            logits, target = (hidden_[rows] @ weight_.T).float(), targets[rows, None]        # [chunk, V], [chunk, 1]
+            at_target, highest = logits.gather(1, target), logits.amax(1, keepdim=True)
+            total = logits.sub_(highest).exp_().sum(1, keepdim=True)
+            nll[rows] = (total.log() + highest - at_target)[:, 0]
             if needs_hidden or needs_weight:
-                grad = logits.sub_(total).exp_()                                                 # softmax
-                grad.scatter_add_(1, targets[rows, None], -torch.ones_like(at_target))
-                grad = grad.mul_(loss_weights[rows, None]).to(dtype)
+                scale = loss_weights[rows, None]
+                grad = logits.mul_(scale / total).scatter_add_(1, target, -scale).to(dtype)
                 if needs_hidden:
                     grad_hidden[rows] = grad @ weight_
                 if needs_weight:
@@ -595,11 +678,13 @@ class VLM(nn.Module):
         visual = torch.isin(batch['tokens'], self.visual_ids) if self.config.recipe == 'molmo2' else None
         if visual is None and batch['causal']:
             return 'causal'
+        if visual is None and batch['tokens'].device.type == 'cpu':
+            return Segments(batch['document_ids'], batch['branch_ids'])
         return make_mask(batch['document_ids'], batch['branch_ids'], visual)
 
-    def hidden(self, batch):
-        """Hidden states [B, L, width] of every token."""
-        return self.language_model(self.embed(batch), batch['position_ids'], self.mask(batch))
+    def hidden(self, batch, rows=None):
+        """Hidden states [B, L, width] of every token, or of `rows` of the flattened B x L tokens alone."""
+        return self.language_model(self.embed(batch), batch['position_ids'], self.mask(batch), rows=rows)
 
     def output_weight(self):
         if self.lm_head is not None:
@@ -613,8 +698,7 @@ class VLM(nn.Module):
     def forward(self, batch):
         """The training loss: (sum of loss_weights x cross entropy, cross entropy of each of loss_index [N])."""
         where = batch['loss_index']
-        hidden = self.hidden(batch).flatten(0, 1)[where]                                         # [N, width]
-        return WeightedCrossEntropy.apply(hidden, self.output_weight(), batch['targets'].flatten()[where],
+        return WeightedCrossEntropy.apply(self.hidden(batch, where), self.output_weight(), batch['targets'].flatten()[where],
                                           batch['loss_weights'].flatten()[where], self.chunk)
 
     @torch.inference_mode()

@@ -7,6 +7,7 @@
 Settings are the assignments below (see configurator.py). What lands in out_dir: step001000/ (a checkpoint that is a
 model: config.json, model.safetensors, tokenizer, and train_state/ to resume), latest, metrics.jsonl, skipped.jsonl.
 """
+import ctypes
 import json
 import math
 import os
@@ -41,7 +42,8 @@ seq_len = 4096                 # tokens a row at most
 batch_size = 32                # rows a micro-batch
 accumulation = 1               # micro-batches a step
 num_workers = 2                # processes that decode and tokenise; 0 does it between the steps
-static_shapes = False          # pad every row to seq_len, as torch.compile likes it
+packing = False                # a micro-batch's examples one after the other in one row: no padding
+static_shapes = False          # pad every row to seq_len (packed: to batch_size x seq_len), as torch.compile likes it
 point_format = 'point'         # point | molmo2 (data.py, format_points)
 point_digits = 3               # decimals of a coordinate in the point format
 task_weights = {'captioning': 1.0, 'qa': 1.0, 'counting': 1.5, 'pointing': 2.0, 'tracking': 2.0}
@@ -90,7 +92,7 @@ from tqdm import tqdm  # noqa: E402
 
 from data import TASKS, Dataset, Loader, Mixture, Processor  # noqa: E402
 from model import (UserError, VLM, from_hf, layout, load_model, load_weights, make_config,  # noqa: E402
-                   memory_estimate, read_json, save_model)
+                   memory_estimate, pick_device, pick_dtype, read_json, save_model)
 
 
 def cosine(x):
@@ -109,19 +111,13 @@ def get_lr_scale(step):
     return min_lr_ratio + (1 - min_lr_ratio) * (cosine(x) if schedule == 'cosine' else 1 - x)
 
 
-def pick_device():
-    if device != 'auto':
-        return torch.device(device)
-    return torch.device('cuda' if torch.cuda.is_available() else
-                        'mps' if torch.backends.mps.is_available() else 'cpu')
-
-
-def pick_dtype(dev):
-    """bfloat16 where the hardware multiplies it: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX."""
-    if dtype != 'auto':
-        return getattr(torch, dtype)
-    fast_cpu = dev.type == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
-    return torch.bfloat16 if fast_cpu or dev.type == 'cuda' and torch.cuda.is_bf16_supported() else torch.float32
+def keep_freed_memory():
+    """glibc hands large blocks back to the system as soon as they are free, and every step gets them anew, a page fault
+    per 4 KiB: a third of a step on a CPU. This tells malloc to keep them (mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD)."""
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
+    if mallopt:
+        mallopt(-3, 2 ** 30)
+        mallopt(-1, 2 ** 31 - 1)
 
 
 def set_trained(model):
@@ -193,8 +189,8 @@ def step_optimizers(optimizers, parameters, lr_scale):
             opt.grad_scale, opt.found_inf = scale, bad
             opt.step()
         elif not bad:                        # Muon knows no found_inf: one wait for the device a step
-            for group in opt.param_groups:
-                torch._foreach_div_([p.grad for p in group['params'] if p.grad is not None], scale)
+            if gradients := [p.grad for group in opt.param_groups for p in group['params'] if p.grad is not None]:
+                torch._foreach_div_(gradients, scale)
             opt.step()
         opt.zero_grad(set_to_none=True)
     return norm, bad
@@ -423,10 +419,12 @@ class Log:
 
 def main():
     """Set up, then the loop."""
-    dev = pick_device()
+    dev = pick_device(device)
     if threads:
         torch.set_num_threads(threads)
-    amp = pick_dtype(dev)
+    if dev.type == 'cpu':
+        keep_freed_memory()
+    amp = pick_dtype(dtype, dev)
     autocast = torch.autocast(dev.type, amp) if amp != torch.float32 else nullcontext()
     if not mixture:
         raise UserError("mixture is empty: name datasets and rates, as config/demo_stage1.py does")
@@ -458,8 +456,9 @@ def main():
     def make_loader(split, state=None):
         sets = datasets if split == 'train' else [Dataset(d.folder, split) for d in datasets]
         return Loader(Mixture(sets, list(mixture.values()), seed), processor, batch_size,
-                      num_workers if split == 'train' else 0, state, seq_len if static_shapes else 0,
-                      max_bad_fraction, report if split == 'train' else None)
+                      num_workers if split == 'train' else 0, state,
+                      static_shapes * seq_len * (batch_size if packing else 1), max_bad_fraction,
+                      report if split == 'train' else None, packing)
 
     loader = make_loader('train', loader_state)
     batches = prefetch(iter(loader), dev)

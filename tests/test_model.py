@@ -512,6 +512,34 @@ def test_mask_against_loops():
         assert got[:, 0].diagonal(dim1=1, dim2=2).all()    # no empty row
 
 
+def test_segments_are_the_dense_mask_and_its_gradients():
+    """The CPU's training path on random trees: prefixes may be empty, rows may end in padding."""
+    generator = torch.Generator().manual_seed(0)
+
+    def number(low, high):
+        return int(torch.randint(low, high, (), generator=generator))
+    for _ in range(30):
+        document, branch = torch.zeros(2, 3, 40, dtype=torch.long)
+        for b in range(3):
+            i = 0
+            for d in itertools.count():
+                for k in range(number(1, 5)):
+                    n = number(0 if k == 0 else 1, 9)
+                    document[b, i:i + n], branch[b, i:i + n] = d, k
+                    i += n
+                if i >= 40 or number(0, 4) == 0:
+                    break
+            document[b, i:], branch[b, i:] = -1, 0
+        shapes = ((3, 4, 40, 8), (3, 2, 40, 8), (3, 2, 40, 8))
+        inputs = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+        results = []
+        for mask in (make_mask(document, branch), m.Segments(document, branch)):
+            out = m.attention(*inputs, mask)
+            results.append((out, *torch.autograd.grad(out.sin().sum(), inputs)))
+        for dense, pieces in zip(*results):
+            assert difference(dense, pieces) < 1e-5
+
+
 def test_flex_attention_has_the_same_rule():
     """The mask that CUDA uses, and FlexAttention's forward (uncompiled, slow) with it."""
     generator = torch.Generator().manual_seed(0)

@@ -125,32 +125,36 @@ def test_accumulation_and_rows_do_not_change_the_step(world, tmp_path):
             assert metrics(out)[step]['grad_norm'] == pytest.approx(one[step]['grad_norm'], rel=1e-4)
 
 
-def test_a_tree_is_the_weighted_sum_of_its_conversations(world):
-    """Loss and gradients of a record with many branches equal those of its conversations one by one (float32)."""
+def test_trees_are_the_weighted_sum_of_their_conversations(world):
+    """Loss and gradients of records with many branches, in rows or packed, equal their conversations' one by one."""
     dataset = data.Dataset(world / 'shapes')
     settings = {k: eval(v) if k in ('vision', 'language') else v for k, v in TINY.items()}
     processor = data.Processor(world / 'shapes', 32, 8, 1, 512, point_digits=2, task_weights=train.task_weights)
     vlm = model_module.VLM(model_module.make_config(settings['vision'], settings['language'], pooling=1,
                                                     **processor.token_ids()))
     vlm.init_weights(1)
-    record = dataset[3]
-    assert len(record['conversations']) > 3
+    records = [dataset[i] for i in range(3)]
+    assert all(len(r['conversations']) > 3 for r in records)
 
-    def loss_and_gradients(records):
+    def loss_and_gradients(batches):
         vlm.zero_grad()
-        loss = 0.
-        for r in records:
-            batch = data.collate([processor.example(r, dataset.folder)], processor)
-            loss_, _ = vlm(batch)
-            loss_.backward()
-            loss += loss_.item()
-        return loss, {n: p.grad.clone() for n, p in vlm.named_parameters()}
-    whole, whole_grad = loss_and_gradients([record])
-    parts, parts_grad = loss_and_gradients([{**record, 'conversations': [c]} for c in record['conversations']])
-    assert whole == pytest.approx(parts, rel=1e-5)
-    for name, grad in whole_grad.items():
-        torch.testing.assert_close(grad, parts_grad[name], rtol=1e-4, atol=1e-5 * whole, msg=name)
-        assert grad.abs().max() > 0, name
+        losses = [vlm(batch)[0] for batch in batches]
+        sum(losses).backward()
+        return sum(losses).item(), {n: p.grad.clone() for n, p in vlm.named_parameters()}
+
+    def example(record):
+        return processor.example(record, dataset.folder)
+    alone = [data.collate([example({**r, 'conversations': [c]})], processor) for r in records for c in r['conversations']]
+    trees = data.collate([example(r) for r in records], processor)
+    packed = data.collate([example(r) for r in records], processor, packed=True)
+    assert packed['tokens'].shape[0] == 1 and packed['tokens'].numel() - 8 < sum(len(example(r).tokens) for r in records)
+    expected, gradients = loss_and_gradients(alone)
+    for batch in (trees, packed):
+        loss, got = loss_and_gradients([batch])
+        assert loss == pytest.approx(expected, rel=1e-5)
+        for name, grad in gradients.items():
+            torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=1e-5 * expected, msg=name)
+            assert grad.abs().max() > 0, name
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])

@@ -1,0 +1,235 @@
+"""How fast is it? Training steps and greedy generation at two sizes, alone or beside transformers.
+
+    python bench.py                            throughput, FLOP/s and peak memory of this code
+    python bench.py --against=transformers     the same work in transformers, same weights, same process, ratios
+    options: --size=tiny,small  --what=train,generate  --repeats=5  --threads=N  --seed=0
+
+The peer is LlavaForConditionalGeneration with its best plain settings: SDPA attention, fused AdamW, no attention mask
+where no row is padded, logits for the text alone. Both sides hold identical float32 weights, get the same pictures and
+the same text, and train every parameter; runs alternate (ours, theirs, ours, ...) and the medians are compared, so that
+another load on the machine falls on both. Losses and generated tokens are compared too: a bench of two different
+computations is worth nothing.
+"""
+import argparse
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from model import VLM, UserError, make_config, save_model
+
+SIZES = {   # a ViT and a decoder from scratch; `tiny` is near the demo's, `small` the largest that a laptop trains
+    'tiny': (dict(hidden_size=128, intermediate_size=512, num_layers=5, num_heads=4, image_size=64, patch_size=8),
+             dict(hidden_size=192, intermediate_size=512, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=48,
+                  vocab_size=2048)),
+    'small': (dict(hidden_size=384, intermediate_size=1536, num_layers=7, num_heads=6, image_size=224, patch_size=14),
+              dict(hidden_size=512, intermediate_size=1536, num_layers=8, num_heads=8, num_kv_heads=4, head_dim=64,
+                   vocab_size=32000)),
+}
+PICTURES = 16          # a training step sees this many rows of one picture each
+TEXT = (64, 256)       # text tokens a row
+NEW_TOKENS = 256       # of a generation
+PROMPT = 32            # text tokens after the picture of a generation
+
+
+def make_batch(config, rows, text, seed=0):
+    """Rows of one picture followed by `text` random tokens, all but the first of them learnt."""
+    generator = torch.Generator().manual_seed(seed)
+    grid, p = config.vision.image_size // config.vision.patch_size, config.vision.patch_size
+    visual = grid * grid
+    L = visual + text
+    tokens = torch.full((rows, L), config.image_token_id)
+    tokens[:, visual:] = torch.randint(16, config.language.vocab_size, (rows, text), generator=generator)
+    pictures = torch.randint(0, 256, (rows, 3, grid * p, grid * p), dtype=torch.uint8, generator=generator)
+    patches = pictures.view(rows, 3, grid, p, grid, p).permute(0, 2, 4, 3, 5, 1).reshape(rows, visual, -1)
+    weights = torch.zeros(rows, L)
+    weights[:, visual:-1] = 1
+    positions = torch.arange(L).expand(rows, L)
+    return dict(tokens=tokens, targets=tokens.roll(-1, 1), loss_weights=weights, position_ids=positions, causal=True,
+                document_ids=torch.zeros_like(tokens), branch_ids=torch.zeros_like(tokens), grid=(grid, grid),
+                patches=patches.contiguous(), pool_index=torch.arange(rows * visual)[:, None],
+                visual_index=(tokens == config.image_token_id).flatten().nonzero()[:, 0],
+                loss_index=weights.flatten().nonzero()[:, 0]), pictures
+
+
+def make_model(size, seed):
+    vision, language = SIZES[size]
+    config = make_config(vision, language, pooling=1, image_token_id=1, video_token_id=2, eos_token_id=-1,
+                         pad_token_id=0)
+    model = VLM(config)
+    model.init_weights(seed)
+    return model
+
+
+def open_in_transformers(model):
+    """The same weights in transformers, through a checkpoint folder, and its identity layer frozen as ours has none."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, folder)
+        peer = transformers.LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation='sdpa',
+                                                                          dtype=torch.float32)
+    peer.model.multi_modal_projector.linear_2.requires_grad_(False)
+    return peer
+
+
+def pixel_values(model, pictures):
+    scale, shift = (x[:3, None, None] for x in (model.pixel_scale, model.pixel_shift))
+    return pictures * scale + shift
+
+
+def train_step(model, batch, lr=1e-4):
+    """-> a function that does one step and returns its mean loss."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, fused=True)
+    count = batch['loss_weights'].sum()
+
+    def step():
+        loss = model(batch)[0] / count
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+    return step
+
+
+def peer_train_step(peer, batch, pictures, pixels, lr=1e-4):
+    optimizer = torch.optim.AdamW([p for p in peer.parameters() if p.requires_grad], lr, fused=True)
+    text = (batch['loss_weights'][0] > 0).sum().item() + 1
+    labels = batch['tokens'][:, -text:].contiguous()
+
+    def step():
+        loss = peer(input_ids=batch['tokens'], pixel_values=pixels(pictures), labels=labels, logits_to_keep=text,
+                    use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+    return step
+
+
+def generation(model, batch):
+    return lambda: torch.stack(list(model.generate(batch, NEW_TOKENS)), 1)
+
+
+def peer_generation(peer, batch, pictures, pixels):
+    def run():
+        out = peer.generate(input_ids=batch['tokens'], pixel_values=pixels(pictures), do_sample=False,
+                            attention_mask=torch.ones_like(batch['tokens']), max_new_tokens=NEW_TOKENS,
+                            eos_token_id=None, pad_token_id=0)
+        return out[:, batch['tokens'].shape[1]:]
+    return run
+
+
+def interleave(runs, repeats):
+    """Medians of the seconds of each run, taken in turns after one warm-up each, and what the warm-ups returned."""
+    first = [run() for run in runs]
+    seconds = [[] for _ in runs]
+    for _ in range(repeats):
+        for times, run in zip(seconds, runs):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in seconds], first
+
+
+def flops_per_step(model, batch):
+    """6 x weights x tokens for the linear layers (forward 2, backward 4) plus 12 x width x pairs for attention.
+
+    Leaves out norms, activations and the softmax (< 1% at these widths); the decoder's pairs are halved: it is causal.
+    """
+    v, t = model.config.vision, model.config.language
+    B, L = batch['tokens'].shape
+    linear = {name: sum(m.weight.numel() for m in part.modules() if isinstance(m, torch.nn.Linear))
+              for name, part in model.named_children() if name != 'lm_head'}
+    patches = batch['patches'].shape[0] * batch['patches'].shape[1]
+    products = (linear['vision_tower'] * patches + linear['multi_modal_projector'] * len(batch['visual_index'])
+                + linear['language_model'] * B * L + t.vocab_size * t.hidden_size * len(batch['loss_index']))
+    attention = (v.num_layers * v.hidden_size * patches * batch['patches'].shape[1]
+                 + t.num_layers * t.num_heads * t.head_dim * B * L * L / 2)
+    return 6 * products + 12 * attention
+
+
+def commit():
+    here = Path(__file__).parent
+    run = subprocess.run(['git', '-C', here, 'describe', '--always', '--dirty'], capture_output=True, text=True)
+    return run.stdout.strip() or 'unknown'
+
+
+def processor():
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path('/proc/cpuinfo')
+    names = [x.split(':')[1].strip() for x in info.read_text().splitlines() if x.startswith('model name')] \
+        if info.exists() else []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def row(cells):
+    print('| ' + ' | '.join(str(c).rjust(w) for c, w in zip(cells, (5, 22, 14, 14, 7, 22))) + ' |', flush=True)
+
+
+def bench(size, what, against, repeats, seed):
+    """Prints one line for each shape of this size."""
+    shapes = [(PICTURES, text) for text in TEXT] if what == 'train' else [(rows, PROMPT) for rows in (1, 8)]
+    for rows, text in shapes:
+        model = make_model(size, seed)
+        batch, pictures = make_batch(model.config, rows, text, seed)
+        runs = [train_step(model, batch) if what == 'train' else generation(model, batch)]
+        if against:
+            peer, pixels = open_in_transformers(model), lambda x: pixel_values(model, x)
+            runs.append(peer_train_step(peer, batch, pictures, pixels) if what == 'train'
+                        else peer_generation(peer, batch, pictures, pixels))
+        seconds, first = interleave(runs, repeats)
+        tokens = batch['tokens'].numel() if what == 'train' else rows * NEW_TOKENS
+        name = f'step, {rows} x {text} text' if what == 'train' else f'generate {NEW_TOKENS}, batch {rows}'
+        ours, theirs = (f'{tokens / s:,.0f}' for s in (seconds + [float('inf')])[:2])
+        if against:
+            same = f'loss differs {abs(first[0] - first[1]):.1e}' if what == 'train' else \
+                f'{(first[0] == first[1]).float().mean():.0%} of tokens equal'
+            row([size, name, ours, theirs, f'{seconds[1] / seconds[0]:.2f}', same])
+        else:
+            speed = f'{flops_per_step(model, batch) / seconds[0] / 1e9:,.0f} GFLOP/s' if what == 'train' else ''
+            row([size, name, ours, f'{seconds[0] * 1000:,.0f} ms', '', speed])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--against', choices=['transformers'])
+    parser.add_argument('--size', default='tiny,small')
+    parser.add_argument('--what', default='train,generate')
+    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--threads', type=int, default=0, help="0: torch's own choice")
+    parser.add_argument('--seed', type=int, default=0)
+    args = parser.parse_args()
+    for value, known in ((args.size, SIZES), (args.what, ('train', 'generate'))):
+        if unknown := [x for x in value.split(',') if x not in known]:
+            raise UserError(f"'{unknown[0]}' is not one of {', '.join(known)}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    version = ''
+    if args.against:
+        import transformers
+        version = f', transformers {transformers.__version__}'
+    print(f'{processor()}; {torch.get_num_threads()} threads, float32; torch {torch.__version__}{version}; '
+          f'commit {commit()}; median of {args.repeats}, in turns')
+    row(['size', 'what', 'ours, tokens/s', 'theirs' if args.against else 'time', 'ratio', 'check'])
+    row(['-' * w for w in (5, 22, 14, 14, 7, 22)])
+    for size in args.size.split(','):
+        for what in args.what.split(','):
+            bench(size, what, args.against, args.repeats, args.seed)
+    print(f'peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB'
+          + (' (both libraries together)' if args.against else ''))
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except UserError as e:
+        raise SystemExit(f'bench.py: {e}') from None
