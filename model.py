@@ -645,7 +645,7 @@ class VLM(nn.Module):
             elif 'norm' in name:
                 p.fill_(1)
             else:
-                p.normal_(0, 0.02, generator=generator)
+                p.normal_(0, .2 if 'patch_embedding' in name else 0.02 if 'embed' in name else p.shape[1] ** -.5, generator=generator)
         table = self.vision_tower.embeddings.position_embedding.weight
         g = self.vision_tower.embeddings.grid
         table[-g * g:] = sincos_positions(g, table.shape[1])

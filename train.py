@@ -157,7 +157,8 @@ def build(checkpoint):
 def make_optimizers(model):
     """[AdamW, perhaps Muon] with a group for each part; frozen parts are in none."""
     rates = {'vision': vision_learning_rate, 'connector': connector_learning_rate, 'language': learning_rate}
-    hidden = {id(p) for n, p in model.named_parameters() if '.layers.' in n and p.ndim == 2}
+    tables = ('embed_tokens', 'position_embedding', 'lm_head')      # rows looked up, not directions mapped
+    hidden = {id(p) for n, p in model.named_parameters() if p.ndim == 2 and not any(t in n for t in tables)}
     adamw, muon = [], []
     for part, parameters in model.parts().items():
         trained = [p for p in parameters if p.requires_grad]

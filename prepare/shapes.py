@@ -35,7 +35,8 @@ WORLD = 1  # raise when the same arguments draw or say something else, so that a
 COLOURS = {'red': (216, 36, 40), 'green': (40, 160, 60), 'blue': (44, 84, 224), 'yellow': (240, 214, 40),
            'purple': (146, 52, 178), 'orange': (244, 134, 24)}
 KINDS = ('circle', 'square', 'triangle', 'star', 'cross')
-RADIUS = {'small': (.085, .105), 'large': (.15, .18)}  # of the shorter side; the gap keeps "large" a matter of fact
+RADIUS = {'small': (.1, .12), 'large': (.17, .2)}  # of the shorter side; the gap keeps "large" a matter of fact
+FEW = (.25, .25, .15, .12, .12, .11)  # how often a training picture has 1 to 6 shapes; in validation equally often
 CANVASES = ((96, 96), (112, 112), (128, 128), (128, 96), (96, 128), (144, 112), (112, 144))  # width, height in pixels
 SUPERSAMPLE = 3    # shapes are drawn this many times larger and averaged down: smooth edges
 MARGIN = .06       # of a side: smaller differences in x or y are not asked about
@@ -62,11 +63,12 @@ def outline(kind, turn):
     return [(c * x - s * y, s * x + c * y) for x, y in corners]
 
 
-def sample_scene(rng):
-    """A canvas and 1 to 6 shapes. Positions are fractions of width and height; the list runs from left to right."""
+def sample_scene(rng, split='train'):
+    """A canvas and 1 to 6 shapes, in training more often few. Positions are fractions of width and height; the list runs from left to right."""
     width, height = CANVASES[rng.integers(len(CANVASES))]
     short = min(width, height)
-    goal, shapes = int(rng.integers(1, 7)), []
+    # Reading one shape is what must be learned first, and a picture of six says little about which one was meant
+    goal, shapes = int(rng.choice(6, p=FEW if split == 'train' else None)) + 1, []
     for _ in range(200):  # a crowded canvas may end with fewer shapes than hoped for
         if len(shapes) == goal:
             break
@@ -262,7 +264,7 @@ def converse(shapes, args, rng):
 def shapes_row(folder, split, i, args):
     rng = np.random.default_rng([args.seed, 0, split == 'validation', i])
     while True:
-        scene = sample_scene(rng)
+        scene = sample_scene(rng, split)
         if in_validation(scene_content(scene)) == (split == 'validation'):
             break
     shapes = scene['shapes']
