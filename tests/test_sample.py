@@ -1,0 +1,93 @@
+"""Asking a checkpoint, as a user does."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import model as m  # noqa: E402
+import sample  # noqa: E402
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    """An untrained model in the llava layout, with the tokenizer of the shapes world."""
+    out = tmp_path_factory.mktemp('sample')
+    subprocess.run([sys.executable, ROOT / 'prepare/shapes.py', '--out', out, '--num', '10', '--num_clocks', '5',
+                    '--num_text', '5', '--num_validation', '5', '--workers', '1'], check=True, capture_output=True)
+    processor = data.Processor(out / 'shapes', 32, 8, 1, 512, point_digits=2)
+    vlm = m.VLM(m.make_config(dict(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, image_size=32,
+                                   patch_size=8, feature_layers=(-1,)),
+                              dict(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=1,
+                                   head_dim=16, vocab_size=1024), pooling=1, **processor.token_ids()))
+    vlm.init_weights()
+    m.save_model(vlm, out / 'checkpoint')
+    processor.save(out / 'checkpoint')
+    for name, colour in (('a', 'red'), ('b', 'blue')):
+        Image.new('RGB', (120, 60), colour).save(out / f'{name}.png')
+    return out / 'checkpoint'
+
+
+def run(*args, cwd=None):
+    return subprocess.run([sys.executable, str(ROOT / 'sample.py'), *map(str, args), '--threads=1'], cwd=cwd,
+                          capture_output=True, text=True)
+
+
+@pytest.mark.parametrize('images', [[], ['a.png'], ['a.png', 'b.png']])
+def test_none_one_and_two_pictures(checkpoint, images):
+    args = (f'--checkpoint={checkpoint}', '--prompt=What is <|image_pad|> here?', '--max_new_tokens=6',
+            '--image=' + ','.join(images))
+    one, two = (run(*args, cwd=checkpoint.parent) for _ in range(2))
+    assert one.returncode == 0, one.stderr
+    assert one.stdout == two.stdout and one.stdout.strip()
+    hot = [run(*args, '--temperature=2', f'--seed={s}', cwd=checkpoint.parent).stdout for s in (1, 1, 2)]
+    assert hot[0] == hot[1] != hot[2]
+
+
+def scripted(monkeypatch, processor, answer):
+    """A model that says `answer`."""
+    ids = processor.encode(answer) + [processor.im_end]
+    monkeypatch.setattr(m.VLM, 'generate', lambda self, batch, **how: iter(torch.tensor([[i] for i in ids])))
+
+
+def test_points_are_printed_and_drawn(checkpoint, monkeypatch, capsys, tmp_path):
+    scripted(monkeypatch, data.Processor(checkpoint.parent / 'shapes', 32, 8, 1), '<point 0.25, 0.50, 1> <point 0.95, 0.50, 2>')
+    for name, value in dict(checkpoint=str(checkpoint), image=str(checkpoint.parent / 'a.png'), prompt='Point.',
+                            out_dir=str(tmp_path)).items():
+        monkeypatch.setattr(sample, name, value)
+    sample.main()
+    printed = capsys.readouterr().out
+    assert 'a.png: 1 at (0.250, 0.500), pixel (30, 30)' in printed and 'a.points.png' in printed
+    drawn = Image.open(tmp_path / 'a.points.png')
+    assert drawn.size == (120, 60) and drawn.getpixel((30, 30)) == drawn.getpixel((114, 30)) == (255, 0, 255)
+    assert drawn.getpixel((60, 5)) == (255, 0, 0)
+
+
+def test_points_go_to_their_picture(checkpoint, monkeypatch, tmp_path):
+    scripted(monkeypatch, data.Processor(checkpoint.parent / 'shapes', 32, 8, 1), '<point 2, 0.25, 0.50, 1>')
+    files = [str(checkpoint.parent / f'{n}.png') for n in 'ab']
+    for name, value in dict(checkpoint=str(checkpoint), image=','.join(files), prompt='Point.', out_dir=str(tmp_path)).items():
+        monkeypatch.setattr(sample, name, value)
+    sample.main()
+    assert [p.name for p in tmp_path.iterdir()] == ['b.points.png']
+
+
+def test_letters_stream_whole(checkpoint, monkeypatch):
+    processor = data.Processor(checkpoint.parent / 'shapes', 32, 8, 1)
+    scripted(monkeypatch, processor, 'naïve 猫 🐱')
+    pieces = list(sample.stream(m.load_model(checkpoint), processor, {}))
+    assert ''.join(pieces) == 'naïve 猫 🐱' and len(pieces) > 4 and not any('\ufffd' in p for p in pieces)
+
+
+@pytest.mark.parametrize('args,words', [
+    ((), 'give --checkpoint'), (('--prompt=x', '--image=gone.png'), 'gone.png does not exist'),
+    (('--prompt=x', '--image=text.jpg'), 'text.jpg: not a picture'), (('--prompt=x', '--checkpoint=nowhere'), 'nowhere')])
+def test_mistakes_are_one_line(checkpoint, args, words):
+    (checkpoint.parent / 'text.jpg').write_text('hello')
+    done = run(*((f'--checkpoint={checkpoint}',) if '--checkpoint=nowhere' not in args else ()), *args, cwd=checkpoint.parent)
+    assert done.returncode == 1 and words in done.stderr and done.stderr.count('\n') == 1, done.stderr

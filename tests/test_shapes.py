@@ -1,0 +1,149 @@
+"""The embedded world: deterministic, disjoint, and every answer is true of its picture."""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'prepare')]
+import data  # noqa: E402
+import shapes  # noqa: E402
+from eval import inside  # noqa: E402
+
+ARGS = ['--num', '60', '--num_clocks', '8', '--num_text', '20', '--num_validation', '30']
+
+
+def make(out, *more):
+    return subprocess.run([sys.executable, str(ROOT / 'prepare/shapes.py'), '--out', str(out), *ARGS, *more],
+                          capture_output=True, text=True)
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    out = tmp_path_factory.mktemp('world')
+    assert make(out, '--workers', '1').returncode == 0
+    return out
+
+
+def files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file() and '.index' not in p.name}
+
+
+def rows(world, dataset, split):
+    return [json.loads(line) for line in (world / dataset / f'{split}.jsonl').read_text().splitlines()]
+
+
+def test_bytes_depend_on_the_seed_alone(world, tmp_path):
+    assert make(tmp_path / 'two', '--workers', '2').returncode == 0
+    assert files(tmp_path / 'two') == files(world)
+    assert make(tmp_path / 'other', '--workers', '1', '--seed', '1').returncode == 0
+    assert files(tmp_path / 'other') != files(world)
+
+
+def test_rerun_does_nothing_and_other_arguments_need_force(world):
+    before = {p: p.stat().st_mtime_ns for p in world.rglob('*.jsonl')}
+    assert 'nothing to do' in make(world).stdout
+    refused = make(world, '--qa', '1')
+    assert refused.returncode == 1 and '--force' in refused.stderr and refused.stderr.count('\n') == 1
+    assert before == {p: p.stat().st_mtime_ns for p in world.rglob('*.jsonl')}
+
+
+def test_an_interrupted_run_leaves_nothing_that_looks_whole(tmp_path):
+    script = "import shapes, sys; shapes.text_row = None; sys.argv = ['shapes.py', *sys.argv[1:]]; shapes.main()"
+    done = subprocess.run([sys.executable, '-c', script, '--out', str(tmp_path), *ARGS], cwd=ROOT / 'prepare', capture_output=True)
+    assert done.returncode != 0 and not (tmp_path / 'shapes').exists()
+    assert make(tmp_path).returncode == 0 and not list(tmp_path.glob('*.tmp'))
+
+
+def test_splits_share_no_scene_and_no_fact(world):
+    def scenes(split):
+        return {json.dumps([m['points'] for c in r['conversations'] for m in c['messages'] if 'points' in m][0]['points'][0]['x'])
+                for r in rows(world, 'shapes', split)}
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        content = shapes.scene_content(shapes.sample_scene(rng))
+        assert shapes.in_validation(content) == shapes.in_validation(json.loads(json.dumps(content)))
+    for split in ('train', 'validation'):
+        for row in rows(world, 'shapes_text', split):
+            questions = [m['content'] for m in row['conversations'][0]['messages'] if m['role'] == 'user']
+            assert all(shapes.in_validation(q) == (split == 'validation') for q in questions)
+    assert not scenes('train') & scenes('validation')
+
+
+def nearest_colour(picture, x, y):
+    pixel = np.array(picture.getpixel((int(x * picture.width), int(y * picture.height))))
+    return min(shapes.COLOURS, key=lambda c: np.abs(pixel - shapes.COLOURS[c]).sum())
+
+
+def test_every_answer_is_true_of_its_picture(world):
+    asked = set()
+    for row in rows(world, 'shapes', 'validation'):
+        picture = Image.open(world / 'shapes' / row['images'][0])
+        assert picture.format in ('PNG', 'JPEG') and picture.size in shapes.CANVASES
+        conversations = {}
+        for c in row['conversations']:
+            conversations.setdefault(c['task'], []).append((c['messages'][0]['content'], c['messages'][-1], c))
+        every = next(m['points']['points'] for q, m, _ in conversations['pointing'] if m['points']['label'] == 'shape')
+        there = conversations['captioning'][0][2]['objects']
+        said = re.findall(r'(small|large) (\w+) (\w+)', conversations['captioning'][0][1]['content'])
+        assert [[c, k] for _, c, k in said] == there and len(every) == len(there)
+        assert [p['x'] for p in every] == sorted(p['x'] for p in every)       # the caption's order, left to right
+        for p, (colour, _) in zip(every, there):
+            assert inside(p['x'], p['y'], p['polygon']) and nearest_colour(picture, p['x'], p['y']) == colour
+        size = [s for s, _, _ in said]
+
+        def meant(what):
+            return [p for p, (c, k), s in zip(every, there, size) if all(w in (c, k, s, 'shape') for w in what.split())]
+        for q, m, _ in conversations['pointing']:
+            assert [(p['x'], p['y']) for p in m['points']['points']] == [(p['x'], p['y']) for p in meant(m['points']['label'])]
+        for q, m, _ in conversations['counting']:
+            many = re.match(r'How many (.*) are there', q)[1]
+            what = next(w for w in (many[:-2], many[:-1]) if shapes.plural(w) == many)
+            assert int(m['content']) == len(meant(what)), q
+        for q, m, _ in conversations['qa']:
+            asked.add(q.split()[0] + q.split()[1])
+            if relation := re.match(r'Is the (\w+ \w+) (left of|right of|above|below) the (\w+ \w+)\?', q):
+                a, b = meant(relation[1])[0], meant(relation[3])[0]
+                truth = {'left of': a['x'] < b['x'], 'right of': a['x'] > b['x'], 'above': a['y'] < b['y'],
+                         'below': a['y'] > b['y']}[relation[2]]
+                assert m['content'] == ('yes' if truth else 'no')
+            elif end := re.match(r'What is the (leftmost|rightmost|topmost|bottommost) shape', q):
+                key = {'l': lambda p: p['x'], 'r': lambda p: -p['x'], 't': lambda p: p['y'], 'b': lambda p: -p['y']}[end[1][0]]
+                assert m['content'].split()[1:] == there[every.index(min(every, key=key))]
+            elif place := re.match(r'What is at (0\.\d+), (0\.\d+)', q):
+                p = min(every, key=lambda p: abs(p['x'] - float(place[1])) + abs(p['y'] - float(place[2])))
+                assert m['content'].split()[2:] == there[every.index(p)]
+            elif what := re.match(r'What colour is the (\w+)', q):
+                assert [m['content']] == [c for c, k in there if k == what[1]]
+    assert len(asked) >= 4
+
+
+def test_clocks_show_the_time_they_say(world):
+    for row in rows(world, 'clocks', 'train'):
+        hour, minute = row['conversations'][0]['messages'][-1]['content'].split(':')
+        assert row['conversations'][1]['messages'][-1]['content'] == hour
+        assert int(row['conversations'][2]['messages'][-1]['content']) == int(minute)
+
+
+@pytest.mark.parametrize('dataset', ['shapes', 'clocks', 'shapes_text'])
+def test_every_row_becomes_an_example(world, dataset):
+    processor = data.Processor(world / 'shapes', 64, 8, 1, 512, point_digits=2)
+    for split in ('train', 'validation'):
+        rows = data.Dataset(world / dataset, split)
+        for i in range(len(rows)):
+            example = processor.example(rows[i], rows.folder)
+            assert max(example.branches) == len(rows[i]['conversations']) and sum(example.weights) > 0
+
+
+def test_tokenizer(world):
+    tokenizer = Tokenizer.from_file(str(world / 'shapes' / 'tokenizer.json'))
+    for text in ('naïve 猫 🐱\n\t"', 'a large red circle', '<point 0.37, 1.00, 2>', 'x' * 300):
+        assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+    assert all(len(tokenizer.encode(f' {i / 100:.2f}').ids) == 1 for i in range(101))
+    assert [tokenizer.token_to_id(t) for t in shapes.SPECIAL_TOKENS] == list(range(len(shapes.SPECIAL_TOKENS)))
