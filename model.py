@@ -158,6 +158,12 @@ class Config:
                 raise UserError(f"{name} = '{value}' is not one of {', '.join(known)}")
 
 
+def compute_dtype(x):
+    """What products of x run in: autocast's type inside autocast, else x's own."""
+    device = 'cpu' if x.is_meta else x.device.type         # autocast knows no meta tensors
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def make_config(vision, language, **rest):
     """A Config from names in the tables above, or from dicts of sizes."""
     def size(table, value, what):
@@ -206,17 +212,18 @@ def make_mask(document_ids, branch_ids, visual=None):
 
 
 def small_attention(query, key, value, mask):
-    """`attention` spelled out. On a CPU the backward pass of SDPA costs 3 times this one for short pieces in bfloat16;
-    for long ones the scores would be too many to keep."""
+    """`attention` spelled out. On a CPU the backward pass of SDPA costs 3 to 10 times this one for short pieces in
+    bfloat16; for long ones the scores would be too many to keep."""
     N, heads, Q, D = query.shape
     kv_heads, K = key.shape[1:3]
     if Q * K > 2 ** 16:
-        return attention(query, key, value, mask)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=heads != kv_heads)
     # The heads / kv_heads query heads of a key head follow one another: more rows of the same product
     query = query.reshape(N, kv_heads, -1, D)                                                    # [N, kv, g Q, D]
     scores = (query * D ** -.5) @ key.transpose(2, 3)                                            # [N, kv, g Q, K]
-    bias = torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)           # [N, 1, Q, K]
-    scores = scores.view(N, kv_heads, -1, Q, K) + bias[:, :, None]
+    if mask is not None:
+        bias = torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)       # [N, 1, Q, K]
+        scores = scores.view(N, kv_heads, -1, Q, K) + bias[:, :, None]
     return (scores.softmax(-1).view(N, kv_heads, -1, K).to(value.dtype) @ value).view(N, heads, Q, D)
 
 
@@ -276,6 +283,8 @@ def attention(query, key, value, mask):
         return mask.attend(query, key, value)
     if isinstance(mask, BlockMask):
         return _flex_attention(query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1])
+    if mask is None and query.device.type == 'cpu' and query.requires_grad:
+        return small_attention(query, key, value, mask)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask if torch.is_tensor(mask) else None,
                                           is_causal=isinstance(mask, str), enable_gqa=query.shape[1] != key.shape[1])
 
@@ -298,6 +307,7 @@ class VisionAttention(nn.Module):
             setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size))
 
     def forward(self, x):                                                                        # [N, P, D]
+        x = x.to(compute_dtype(x))
         query, key, value = (f(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)            # [N, heads, P, d]
                              for f in (self.q_proj, self.k_proj, self.v_proj))
         return self.out_proj(attention(query, key, value, None).transpose(1, 2).flatten(2))
@@ -449,6 +459,26 @@ class Connector(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Language: Qwen3 (technical report, arXiv 2505.09388; tensor for tensor as in transformers' qwen3)
 
+class RMSNormCPU(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) x weight and its gradient. torch has no CPU kernel and takes twice the passes over x."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
+        scale = square.div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        normal = x * scale
+        grad_weight = (grad * normal).flatten(0, -2).sum(0, dtype=torch.float32).to(weight.dtype)
+        grad = grad * weight.to(x.dtype)
+        along = torch.linalg.vecdot(grad, normal)[..., None] / x.shape[-1]  # the norm does not let x grow along itself
+        return grad.addcmul_(normal, -along).mul_(scale), grad_weight, None
+
+
 class RMSNorm(nn.Module):
     def __init__(self, width, eps):
         super().__init__()
@@ -456,13 +486,17 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        if x.device.type == 'cpu' and torch.is_grad_enabled():
+            x = RMSNormCPU.apply(x, self.weight, self.eps)
+        else:
+            x = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return x.to(compute_dtype(x))      # once, rather than by each product that reads it
 
 
 def rotary_table(position_ids, head_dim, theta):
-    """cos and sin [B, 1, L, head_dim] of Su et al. 2021; dimension d turns together with d + head_dim / 2."""
+    """cos and sin [B, L, 1, head_dim] of Su et al. 2021; dimension d turns together with d + head_dim / 2."""
     frequency = theta ** -(torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim)
-    angle = position_ids[:, None, :, None].float() * frequency                                   # [B, 1, L, d / 2]
+    angle = position_ids[..., None, None].float() * frequency                                    # [B, L, 1, d / 2]
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
@@ -503,9 +537,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, mask, cache=None, layer=0, rows=None):
         query, key, value = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))
-        query = rotate(self.q_norm(query).transpose(1, 2), *rotary)                              # [B, heads, L, d]
-        key = rotate(self.k_norm(key).transpose(1, 2), *rotary)                                  # [B, kv heads, L, d]
-        value = value.transpose(1, 2)
+        query, key = rotate(self.q_norm(query), *rotary), rotate(self.k_norm(key), *rotary)      # [B, L, heads, d]
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))                     # [B, heads, L, d]
         if cache is not None:
             key, value = cache.extend(layer, key, value)
         x = attention(query, key, value, mask).transpose(1, 2).flatten(2)                        # [B, L, heads x d]
@@ -543,9 +576,7 @@ class Decoder(nn.Module):
 
     def forward(self, x, position_ids, mask, cache=None, rows=None):
         rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta)
-        device = x.device.type             # in the type of queries and keys: no wider products, no copies
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        rotary = [t.to(dtype) for t in rotary]
+        rotary = [t.to(compute_dtype(x)) for t in rotary]   # as queries and keys: no wider products, no copies
         for i, block in enumerate(self.layers):
             keep = rows if i == len(self.layers) - 1 else None
             if self.recompute and torch.is_grad_enabled() and i % self.recompute == 0:
@@ -568,8 +599,7 @@ class WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, loss_weights, chunk):
         # hidden [N, D], weight [V, D], targets [N], loss_weights [N] float32
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        dtype = compute_dtype(hidden)
         hidden_, weight_ = hidden.to(dtype), weight.to(dtype)
         nll = torch.empty(len(hidden), device=hidden.device)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -636,16 +666,24 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed=0):
-        """Random weights for training from nothing: N(0, 0.02), norms 1, biases 0, and positions that a linear layer
-        can read at once, for where things are is what a pointing model learns last."""
+        """Random weights for training from nothing. Norms 1, biases 0, decoder N(0, 0.02) as Qwen3's own configuration.
+
+        The tower is what learns slowest from few pictures. It starts with matrices that keep a vector's length
+        (N(0, 1 / inputs)), patches louder than positions, blocks that are the identity (their last matrices are 0), and
+        positions as sines that a linear layer can read.
+        """
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            if name.endswith('bias'):
+            if name.endswith(('bias', 'out_proj.weight', 'fc2.weight')):
                 p.zero_()
             elif 'norm' in name:
                 p.fill_(1)
+            elif 'patch_embedding' in name:
+                p.normal_(0, .2, generator=generator)
+            elif 'language_model' in name or 'embed' in name or 'lm_head' in name:
+                p.normal_(0, .02, generator=generator)
             else:
-                p.normal_(0, .2 if 'patch_embedding' in name else 0.02 if 'embed' in name else p.shape[1] ** -.5, generator=generator)
+                p.normal_(0, p.shape[1] ** -.5, generator=generator)
         table = self.vision_tower.embeddings.position_embedding.weight
         g = self.vision_tower.embeddings.grid
         table[-g * g:] = sincos_positions(g, table.shape[1])

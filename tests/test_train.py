@@ -133,6 +133,10 @@ def test_trees_are_the_weighted_sum_of_their_conversations(world):
     vlm = model_module.VLM(model_module.make_config(settings['vision'], settings['language'], pooling=1,
                                                     **processor.token_ids()))
     vlm.init_weights(1)
+    with torch.no_grad():                      # some matrices start at 0 and would hide the gradients of those before
+        for p in vlm.parameters():
+            if not p.any():
+                p.normal_(0, .1)
     records = [dataset[i] for i in range(3)]
     assert all(len(r['conversations']) > 3 for r in records)
 
