@@ -193,7 +193,7 @@ def a_phrase(shapes, rng, absent=.2):
     o = shapes[rng.integers(len(shapes))]
     if rng.random() < absent:
         o = dict(o, colour=rng.choice(list(COLOURS)), kind=rng.choice(KINDS))
-    forms = (name(o), name(o), o['kind'], f'{o["colour"]} shape', f'{o["size"]} shape')
+    forms = (name(o), name(o), o['kind'], f'{o["colour"]} shape', f'{o["size"]} shape', 'shape')
     return str(forms[rng.integers(len(forms))])
 
 
@@ -245,7 +245,7 @@ def converse(shapes, args, rng):
     """The conversations of one picture: `args` says how many of each task. No question comes twice."""
     branches = [captioning(shapes, rng)] * bool(args.captioning)
     for task, amount in (('pointing', args.pointing), ('counting', args.counting)):
-        phrases = ['shape'] + [a_phrase(shapes, rng) for _ in range(4 * amount)]
+        phrases = [a_phrase(shapes, rng) for _ in range(4 * amount + 4)]
         for what in list(dict.fromkeys(phrases))[:amount]:
             branches.append(pointing(shapes, what, rng) if task == 'pointing' else
                             ask('counting', f'How many {plural(what)} are there?',

@@ -5,6 +5,7 @@ Tolerances have the worst case that was measured beside them. Needs transformers
 """
 import itertools
 import json
+import os
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -102,6 +103,15 @@ def difference(a, b, real=None):
     return (a - b if real is None else (a - b)[real]).abs().max().item()
 
 
+PARITY = {}    # test -> the largest difference from transformers, which conftest.py prints at the end of a run
+
+
+def parity(a, b, real=None):
+    test = os.environ['PYTEST_CURRENT_TEST'].split('::')[1].rsplit(' ', 1)[0]
+    PARITY[test] = max(PARITY.get(test, 0), difference(a, b, real))
+    return difference(a, b, real)
+
+
 def ours(config, seed=0):
     return randomise(VLM(config), seed)
 
@@ -143,7 +153,7 @@ def test_vision_hidden_states(style, size, tmp_path):
         got = model.vision_tower(patchify(pixels), (size // 8, size // 8))
         # transformers' state 0 is the embeddings; a class token comes first in CLIP
         want = torch.cat([states[1:][i][:, int(style == 'clip'):] for i in layers], -1)
-        assert difference(got, want) < 1e-5                # measured 1.9e-6
+        assert parity(got, want) < 1e-5                # measured 1.9e-6
 
 
 def qwen3(folder=None, tied=True, **save):
@@ -180,7 +190,7 @@ def test_qwen3_logits(tied, kind, tmp_path):
     batch = make_batch(config, [text(19), text(11, 1)])
     with torch.no_grad():
         want = peer(batch['tokens'], attention_mask=batch['real'].long()).logits
-    assert difference(logits(model, batch), want, batch['real']) < LOGITS
+    assert parity(logits(model, batch), want, batch['real']) < LOGITS
 
 
 def test_real_shapes(tmp_path):
@@ -202,7 +212,7 @@ def test_real_shapes(tmp_path):
                  visual_index=(tokens[0] == IMAGE).nonzero()[:, 0])
     with torch.no_grad():
         want = peer(input_ids=tokens, pixel_values=pixel_values(picture)).logits
-    assert difference(logits(model, batch), want) < LOGITS                        # measured 2e-6 at logits of scale 3
+    assert parity(logits(model, batch), want) < LOGITS                        # measured 2e-6 at logits of scale 3
 
 
 @pytest.mark.parametrize('vision, language, recipe, part, count', [
@@ -257,7 +267,7 @@ def test_llava_ours_to_theirs_and_back(name, tmp_path):
     got, peer = logits(model, batch), theirs(tmp_path / 'ours')
     assert isinstance(peer, hf.LlavaForConditionalGeneration)
     with torch.no_grad():
-        assert difference(got, peer(**inputs).logits, batch['real']) < LOGITS
+        assert parity(got, peer(**inputs).logits, batch['real']) < LOGITS
     if config.connector == 'linear':       # its identity second layer is how we know it again: leave it alone
         keep = [p.clone() for p in peer.model.multi_modal_projector.linear_2.parameters()]
     randomise(peer, 1)
@@ -272,7 +282,7 @@ def test_llava_ours_to_theirs_and_back(name, tmp_path):
     back = load_model(tmp_path / 'theirs')
     assert back.config.vision.feature_layers == config.vision.feature_layers
     with torch.no_grad():
-        assert difference(logits(back, batch), peer(**inputs).logits, batch['real']) < LOGITS
+        assert parity(logits(back, batch), peer(**inputs).logits, batch['real']) < LOGITS
 
 
 @pytest.mark.parametrize('tower', ['vision_tower.', 'vision_tower.vision_model.'])
@@ -309,7 +319,7 @@ def test_llava_next_video(connector, tmp_path):
     inputs = dict(input_ids=batch['tokens'], attention_mask=batch['real'].long(),
                   pixel_values_videos=pixel_values(pictures)[:, None])
     with torch.no_grad():
-        assert difference(logits(model, batch), peer(**inputs).logits, batch['real']) < LOGITS
+        assert parity(logits(model, batch), peer(**inputs).logits, batch['real']) < LOGITS
     peer.save_pretrained(tmp_path / 'theirs')
     hf_config = json.loads((tmp_path / 'theirs/config.json').read_text())
     hf_config.pop('nanomolmo2')
@@ -350,7 +360,7 @@ def test_molmo2_ours_to_theirs_and_back(tied, tmp_path):
     assert isinstance(peer, hf.Molmo2ForConditionalGeneration)
     with torch.no_grad():
         want = peer(**inputs).logits
-        assert difference(logits(model, batch), want, batch['real']) < LOGITS
+        assert parity(logits(model, batch), want, batch['real']) < LOGITS
         causal = inputs | dict(mm_token_type_ids=torch.zeros_like(inputs['input_ids']))
         assert difference(want, peer(**causal).logits, batch['real']) > 0.1       # the visual rule is felt
     peer.save_pretrained(tmp_path / 'theirs')
@@ -362,7 +372,7 @@ def test_molmo2_ours_to_theirs_and_back(tied, tmp_path):
     back = load_model(tmp_path / 'theirs')
     assert back.config.visual_token_ids[:3] == MOLMO2_IDS[:3]
     back.visual_ids = torch.tensor(MOLMO2_IDS)             # transformers drops the ids that only its processor needs
-    assert difference(logits(back, batch), want, batch['real']) < LOGITS
+    assert parity(logits(back, batch), want, batch['real']) < LOGITS
 
 
 def test_molmo2_published_spelling(tmp_path):
@@ -389,8 +399,8 @@ def test_molmo2_published_spelling(tmp_path):
     assert back.config.vision == config.vision
     with torch.no_grad():
         want = peer(**inputs).logits
-    assert difference(logits(back, batch), want, batch['real']) < LOGITS
-    assert difference(logits(model, batch), want, batch['real']) < LOGITS
+    assert parity(logits(back, batch), want, batch['real']) < LOGITS
+    assert parity(logits(model, batch), want, batch['real']) < LOGITS
 
 
 def test_save_and_load_is_exact(tmp_path):
