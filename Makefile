@@ -8,7 +8,7 @@ demo: .venv/run
 	$(BIN)/python prepare/shapes.py
 	$(BIN)/python train.py config/demo_stage1.py
 	$(BIN)/python eval.py --checkpoint=out/demo_stage1 --data=data/shapes,data/clocks,data/shapes_text
-	$(BIN)/python sample.py --checkpoint=out/demo_stage1 --image=data/shapes/media/validation-000003.png --prompt="Point to every shape."
+	$(BIN)/python sample.py --checkpoint=out/demo_stage1 --image=data/shapes/media/validation-000000.png --prompt="Point to every shape."
 
 test: .venv/test
 	$(BIN)/python -m pytest

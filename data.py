@@ -661,6 +661,12 @@ def data_url(image):
     return 'data:image/png;base64,' + base64.b64encode(buffer.getvalue()).decode()
 
 
+def enlarge(image, side=384):
+    """A small picture by a whole factor, for people to look at: its longer side comes near `side` pixels."""
+    scale = max(1, side // max(image.size))
+    return image.resize((image.width * scale, image.height * scale))
+
+
 def draw_points(image, points, colour='magenta'):
     """A copy of an RGB picture with numbered dots, large enough to be seen at this picture's size."""
     image = image.copy()

@@ -43,8 +43,8 @@ if __name__ == '__main__':
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from data import (STYLE, BadRow, Dataset, collate, data_url, draw_points, load_checkpoint, load_image,  # noqa: E402
-                  open_media, parse_points)
+from data import (STYLE, BadRow, Dataset, collate, data_url, draw_points, enlarge, load_checkpoint,  # noqa: E402
+                  load_image, open_media, parse_points)
 from model import UserError, pick_device  # noqa: E402
 
 
@@ -256,9 +256,7 @@ def report(rows, summary, datasets, title):
         for n, path in enumerate(row['images']):
             image = load_image(open_media(folders[row['dataset']], path))
             image.thumbnail((384, 384))
-            scale = max(1, 256 // max(image.size))
-            image = image.resize((image.width * scale, image.height * scale))
-            image = draw_points(image, [p for p in row['points'] if p.get('image', 0) == n], 'green')
+            image = draw_points(enlarge(image), [p for p in row['points'] if p.get('image', 0) == n], 'green')
             page.append(f"<img src='{data_url(draw_points(image, [p for p in given if p.get('image', 0) == n]))}'>")
         wanted = f"{len(row['points'])} points" if row['points'] else row['reference'] or 'no points'
         talk = [f"{m['role']}: {m['content']}" for m in row['messages']]

@@ -2,10 +2,10 @@
 
     python sample.py --checkpoint=out/demo_stage1 --image=photo.jpg --prompt="Point to every red circle."
     python sample.py --checkpoint=out/demo_stage1 --image=a.png,b.png --prompt="What differs?"    several pictures
-    python sample.py --checkpoint=out/demo_stage1 --prompt="What is 2 + 3?"                       text alone
+    python sample.py --checkpoint=out/demo_stage1 --prompt="Who are you?"                        text alone
 
 The checkpoint is a step folder, a run's out_dir (its latest step), or a llava folder of others with a Qwen3 decoder.
-Points are written over a copy of the picture, photo.points.png, in out_dir.
+Points are drawn on a copy of the picture, enlarged if it is small, photo.points.png, in out_dir.
 """
 import sys
 from pathlib import Path
@@ -30,7 +30,7 @@ if __name__ == '__main__':
 
 import torch  # noqa: E402
 
-from data import BadRow, collate, draw_points, load_checkpoint, load_image, parse_points  # noqa: E402
+from data import BadRow, collate, draw_points, enlarge, load_checkpoint, load_image, parse_points  # noqa: E402
 from model import UserError, pick_device  # noqa: E402
 
 
@@ -84,7 +84,7 @@ def main():
         if here:
             Path(out_dir).mkdir(parents=True, exist_ok=True)
             path = Path(out_dir) / f'{Path(name).stem}.points.png'
-            draw_points(picture, here).save(path)
+            draw_points(enlarge(picture), here).save(path)
             print(f'wrote {path}')
 
 

@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-WORLD = 2  # raise when the same arguments draw or say something else, so that an old folder is noticed
+WORLD = 3  # raise when the same arguments draw or say something else, so that an old folder is noticed
 
 COLOURS = {'red': (216, 36, 40), 'green': (40, 160, 60), 'blue': (44, 84, 224), 'yellow': (240, 214, 40),
            'purple': (146, 52, 178), 'orange': (244, 134, 24)}
@@ -374,8 +374,8 @@ def main():
     parser.add_argument('--num_validation', type=int, default=1000, help='held-out pictures of shapes (the others: a fifth)')
     parser.add_argument('--captioning', type=int, default=1, help='captions a picture: 0 or 1')
     parser.add_argument('--pointing', type=int, default=2, help='pointing questions a picture')
-    parser.add_argument('--counting', type=int, default=1, help='counting questions a picture')
-    parser.add_argument('--qa', type=int, default=2, help='other questions a picture')
+    parser.add_argument('--counting', type=int, default=2, help='counting questions a picture')
+    parser.add_argument('--qa', type=int, default=4, help='other questions a picture')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes that draw')
     parser.add_argument('--force', action='store_true', help='replace folders that other arguments made')

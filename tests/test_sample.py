@@ -65,7 +65,7 @@ def test_points_are_printed_and_drawn(checkpoint, monkeypatch, capsys, tmp_path)
     printed = capsys.readouterr().out
     assert 'a.png: 1 at (0.250, 0.500), pixel (30, 30)' in printed and 'a.points.png' in printed
     drawn = Image.open(tmp_path / 'a.points.png')
-    assert drawn.size == (120, 60) and drawn.getpixel((30, 30)) == drawn.getpixel((114, 30)) == (255, 0, 255)
+    assert drawn.size == (360, 180) and drawn.getpixel((90, 90)) == drawn.getpixel((342, 90)) == (255, 0, 255)
     assert drawn.getpixel((60, 5)) == (255, 0, 0)
 
 

@@ -62,9 +62,9 @@ def test_an_interrupted_run_leaves_nothing_that_looks_whole(tmp_path):
 
 
 def test_splits_share_no_scene_and_no_description(world):
-    def scenes(split):
-        return {json.dumps([m['points'] for c in r['conversations'] for m in c['messages'] if 'points' in m][0]['points'][0]['x'])
-                for r in rows(world, 'shapes', split)}
+    def places(split):
+        return {(p['x'], p['y']) for r in rows(world, 'shapes', split) for c in r['conversations'] for m in c['messages']
+                for p in m.get('points', {}).get('points', [])}
     rng = np.random.default_rng(0)
     for _ in range(50):
         content = shapes.scene_content(shapes.sample_scene(rng))
@@ -72,7 +72,7 @@ def test_splits_share_no_scene_and_no_description(world):
     told = {split: {row['conversations'][0]['messages'][0]['content'].split('. ')[0] for row in rows(world, 'shapes_text', split)}
             for split in ('train', 'validation')}
     assert told['train'] and told['validation'] and not told['train'] & told['validation']
-    assert not scenes('train') & scenes('validation')
+    assert places('train') and places('validation') and not places('train') & places('validation')
 
 
 def nearest_colour(picture, x, y):
@@ -80,15 +80,24 @@ def nearest_colour(picture, x, y):
     return min(shapes.COLOURS, key=lambda c: np.abs(pixel - shapes.COLOURS[c]).sum())
 
 
+def scene_of(i):
+    """Row i of validation, drawn again from its random numbers."""
+    rng = np.random.default_rng([0, 0, True, i])
+    while True:
+        scene = shapes.sample_scene(rng, 'validation')
+        if shapes.in_validation(shapes.scene_content(scene)):
+            return [{'x': round(o['x'], 4), 'y': round(o['y'], 4), 'polygon': o['polygon']} for o in scene['shapes']]
+
+
 def test_every_answer_is_true_of_its_picture(world):
     asked = set()
-    for row in rows(world, 'shapes', 'validation'):
+    for i, row in enumerate(rows(world, 'shapes', 'validation')):
         picture = Image.open(world / 'shapes' / row['images'][0])
         assert picture.format in ('PNG', 'JPEG') and picture.size in shapes.CANVASES
         conversations = {}
         for c in row['conversations']:
             conversations.setdefault(c['task'], []).append((c['messages'][0]['content'], c['messages'][-1], c))
-        every = next(m['points']['points'] for q, m, _ in conversations['pointing'] if m['points']['label'] == 'shape')
+        every = scene_of(i)
         there = conversations['captioning'][0][2]['objects']
         said = re.findall(r'(small|large) (\w+) (\w+)', conversations['captioning'][0][1]['content'])
         assert [[c, k] for _, c, k in said] == there and len(every) == len(there)
@@ -146,3 +155,8 @@ def test_tokenizer(world):
         assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
     assert all(len(tokenizer.encode(f' {i / 100:.2f}').ids) == 1 for i in range(101))
     assert [tokenizer.token_to_id(t) for t in shapes.SPECIAL_TOKENS] == list(range(len(shapes.SPECIAL_TOKENS)))
+
+
+def test_the_picture_that_the_makefile_asks_about_exists(world):
+    named = re.findall(r'data/(shapes/media/[\w.-]+)', (ROOT / 'Makefile').read_text() + (ROOT / 'README.md').read_text())
+    assert named and all((world / path).exists() for path in named)
