@@ -55,6 +55,12 @@ def pick_dtype(name, device):
     return torch.bfloat16 if fast_cpu or device.type == 'cuda' and torch.cuda.is_bf16_supported() else torch.float32
 
 
+def compute_dtype(x):
+    """What products of x run in: autocast's type inside autocast, else x's own."""
+    device = 'cpu' if x.is_meta else x.device.type         # autocast knows no meta tensors
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes. Figures from the released config.json files and transformers 5.23 (CLIP, SigLIP, Qwen3).
 
@@ -156,12 +162,6 @@ class Config:
                                    ('connector', self.connector, ('linear', 'mlp', 'molmo2'))):
             if value not in known:
                 raise UserError(f"{name} = '{value}' is not one of {', '.join(known)}")
-
-
-def compute_dtype(x):
-    """What products of x run in: autocast's type inside autocast, else x's own."""
-    device = 'cpu' if x.is_meta else x.device.type         # autocast knows no meta tensors
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def make_config(vision, language, **rest):

@@ -370,7 +370,7 @@ def print_plan(model, dev, amp, datasets, checkpoint):
     print('memory of full rows, estimated: ' + ', '.join(f'{k} {v / 1e9:.2f} GB' for k, v in memory.items()))
     print(f"device {dev} with {torch.get_num_threads()} threads, {str(amp).removeprefix('torch.')}; rows with branches: "
           + ('FlexAttention block mask' if dev.type == 'cuda' else
-             'SDPA with a dense mask' if recipe == 'molmo2' else 'attention by segments'))
+             'SDPA with a dense mask' if model.config.recipe == 'molmo2' else 'attention by segments'))
     native = layout(model.config)
     print(f"checkpoints in {out_dir} open in transformers as {native}" if native else
           f"checkpoints in {out_dir} open here only: no native architecture expresses recipe '{recipe}' "

@@ -15,20 +15,20 @@ W, H, LEFT, TOP = 560, 300, 40, 16       # of the axes, in pixels, and the space
 
 
 def read(run):
-    """{(task, metric): [(step, score)]} and {step: minutes} of a run."""
+    """{(task, metric): {step: score}} and {step: minutes} of a run."""
     records = [json.loads(line) for line in (Path(run) / 'metrics.jsonl').read_text().splitlines()]
     minutes = {r['step']: r['minutes'] for r in records if 'minutes' in r}
-    scores = {key: [] for key in LINES}
+    scores = {key: {} for key in LINES}
     for file in sorted(Path(run).glob('step*/eval/metrics.json')):
         metrics = json.loads(file.read_text())['metrics']
         for m in metrics:
             if m['dataset'] == metrics[0]['dataset'] and (m['task'], m['metric']) in LINES:
-                scores[m['task'], m['metric']].append((int(file.parts[-3][4:]), m['score']))
+                scores[m['task'], m['metric']][int(file.parts[-3][4:])] = m['score']
     return scores, minutes
 
 
 def draw(runs):
-    steps = sorted(step for step, _ in next(iter(runs[0][0].values())))
+    steps = sorted(next(iter(runs[0][0].values())))
     when = [sum(minutes[s] for _, minutes in runs) / len(runs) for s in steps]
     span = when[-1] * 1.03
     x, y = lambda m: LEFT + W * m / span, lambda score: TOP + H * (1 - score)
@@ -42,7 +42,7 @@ def draw(runs):
     out.append(f'<text x="{LEFT + W / 2}" y="{TOP + H + 36}" text-anchor="middle">minutes of training</text>')
     labels = []
     for key, (label, colour) in LINES.items():
-        at = [[dict(scores[key])[s] for scores, _ in runs] for s in steps]
+        at = [[scores[key][s] for scores, _ in runs] for s in steps]
         mean = [sum(v) / len(v) for v in at]
         band = [(m, max(v)) for m, v in zip(when, at)] + [(m, min(v)) for m, v in zip(when, at)][::-1]
         out.append(f'<polygon points="{" ".join(f"{x(m):.1f},{y(s):.1f}" for m, s in band)}" fill="{colour}" opacity=".15"/>')

@@ -94,7 +94,7 @@ def sample_scene(rng, split='train'):
 
 
 def in_validation(content):
-    """Whether the hash of a scene's content (or of its description in words) puts it in the validation split: one in eight."""
+    """Whether the hash of a scene's content, or of its description in words, puts it in validation: one in eight."""
     return hashlib.sha256(json.dumps(content).encode()).digest()[0] < 32
 
 
@@ -206,6 +206,11 @@ def pointing(shapes, what, rng):
     return {'task': 'pointing', 'messages': [{'role': 'user', 'content': question}, message]}
 
 
+def counting(shapes, what):
+    """(question, answer)"""
+    return f'How many {plural(what)} are there?', str(sum(matches(o, what) for o in shapes))
+
+
 def captioning(shapes, rng):
     names = [article(name(o, size=True)) for o in shapes]
     listed = names[0] if len(names) == 1 else ', '.join(names[:-1]) + ' and ' + names[-1]
@@ -248,8 +253,7 @@ def converse(shapes, args, rng):
         phrases = [a_phrase(shapes, rng) for _ in range(4 * amount + 4)]
         for what in list(dict.fromkeys(phrases))[:amount]:
             branches.append(pointing(shapes, what, rng) if task == 'pointing' else
-                            ask('counting', f'How many {plural(what)} are there?',
-                                str(sum(matches(o, what) for o in shapes))))
+                            ask('counting', *counting(shapes, what)))
     sorts = questions(shapes, rng)
     for i in rng.permutation(len(sorts))[:args.qa]:  # a sort first, then one of it: rare sorts are asked as often
         question, answer = sorts[i][rng.integers(len(sorts[i]))]
@@ -261,12 +265,17 @@ def converse(shapes, args, rng):
 # rows: one line of JSON each, with the picture written beside it
 
 
-def shapes_row(folder, split, i, args):
-    rng = np.random.default_rng([args.seed, 0, split == 'validation', i])
+def held_scene(rng, split):
+    """The first scene drawn that belongs to this split."""
     while True:
         scene = sample_scene(rng, split)
         if in_validation(scene_content(scene)) == (split == 'validation'):
-            break
+            return scene
+
+
+def shapes_row(folder, split, i, args):
+    rng = np.random.default_rng([args.seed, 0, split == 'validation', i])
+    scene = held_scene(rng, split)
     shapes = scene['shapes']
     picture = draw_shapes(background(scene['width'], scene['height'], rng), shapes, rng)
     file = save_picture(picture, os.path.join(folder, 'media', f'{split}-{i:06d}'), rng)
@@ -299,10 +308,9 @@ def text_row(folder, split, i, args):
             break
     unseen = ('above', 'below', 'topmost', 'bottommost', 'What is at')     # of heights and places words say nothing
     sorts = [s for s in questions(shapes, rng) if not any(word in s[0][0] for word in unseen)]
-    what = a_phrase(shapes, rng)
-    sorts.append([(f'How many {plural(what)} are there?', str(sum(matches(o, what) for o in shapes)))])
+    sorts.append([counting(shapes, a_phrase(shapes, rng))])
     picked = [sorts[k][rng.integers(len(sorts[k]))] for k in rng.permutation(len(sorts))[:rng.integers(1, 4)]]
-    messages = [{'role': role, 'content': text} for turn in picked for role, text in zip(('user', 'assistant'), turn)]
+    messages = [message for turn in picked for message in ask('text', *turn)['messages']]
     messages[0]['content'] = f'From left to right: {told[0].lower() + told[1:]} {messages[0]["content"]}'
     return {'id': f'{split}-{i:06d}', 'conversations': [{'task': 'text', 'messages': messages,
                                                          'answers': [picked[-1][1]]}]}

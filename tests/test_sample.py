@@ -24,9 +24,11 @@ def checkpoint(tmp_path_factory):
     vlm = m.VLM(m.make_config(dict(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, image_size=32,
                                    patch_size=8, feature_layers=(-1,)),
                               dict(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=1,
-                                   head_dim=16, vocab_size=1024), pooling=1, **processor.token_ids()))
+                                   head_dim=16, vocab_size=processor.tokenizer.get_vocab_size()),
+                              pooling=1, **processor.token_ids()))
     vlm.init_weights()
-    torch.nn.init.normal_(vlm.language_model.layers[0].mlp.down_proj.weight)   # small weights repeat the last token
+    torch.nn.init.normal_(vlm.language_model.layers[0].mlp.down_proj.weight,   # small weights repeat the last token
+                          generator=torch.Generator().manual_seed(4))
     m.save_model(vlm, out / 'checkpoint')
     processor.save(out / 'checkpoint')
     for name, colour in (('a', 'red'), ('b', 'blue')):
