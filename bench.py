@@ -2,6 +2,7 @@
 
     python bench.py                            throughput, FLOP/s and peak memory of this code
     python bench.py --against=transformers     the same work in transformers, same weights, same process, ratios
+    python bench.py --data                     pictures and video frames a second and core, seeking beside decoding all
     options: --size=tiny,small  --what=train,generate  --repeats=5  --threads=N  --seed=0
 
 The peer is LlavaForConditionalGeneration with its best plain settings: SDPA attention, fused AdamW, no attention mask
@@ -11,6 +12,7 @@ another load on the machine falls on both. Losses and generated tokens are compa
 computations is worth nothing.
 """
 import argparse
+import io
 import os
 import platform
 import resource
@@ -20,8 +22,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import av
+import numpy as np
 import torch
+from PIL import Image
 
+from media import load_image, load_video
 from model import VLM, UserError, make_config, save_model
 
 SIZES = {   # a ViT and a decoder from scratch; `tiny` is near the demo's, `small` the largest that a laptop trains
@@ -199,9 +205,50 @@ def bench(size, what, against, repeats, seed):
             row([size, name, ours, f'{seconds[0] * 1000:,.0f} ms', '', speed])
 
 
+def make_clip(path, seconds, rate=30, size=(640, 360)):
+    """An H.264 file as cameras and sites make it: B-frames, a keyframe at most every 250 frames, noise and motion."""
+    picture = np.random.default_rng(0).integers(0, 256, (size[1] // 8, size[0] // 4, 3), np.uint8)
+    picture = np.asarray(Image.fromarray(picture).resize((size[0] * 2, size[1]), Image.Resampling.BICUBIC))
+    with av.open(str(path), 'w') as out:
+        stream = out.add_stream('h264', rate=rate, options={'preset': 'veryfast'})
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = *size, 'yuv420p', 250
+        for i in range(seconds * rate):
+            x = i % size[0]                  # the camera pans
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:, x:x + size[0]]), 'rgb24')))
+        out.mux(stream.encode())
+
+
+def decode_all(path):
+    """What a sampler that decodes everything does: every frame in RGB."""
+    with av.open(str(path)) as container:
+        return sum(1 for frame in container.decode(video=0) if frame.to_ndarray(format='rgb24') is not None)
+
+
+def bench_data(repeats):
+    """Reading, on one core: pictures, frames, and frames at two a second beside decoding every frame."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, jpeg = Path(folder) / 'clip.mp4', io.BytesIO()
+        make_clip(path, 180)
+        noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+        Image.fromarray(noise).resize((640, 480)).save(jpeg, 'JPEG')
+
+        def pictures():
+            for _ in range(50):
+                load_image(jpeg).resize((336, 336), Image.Resampling.BICUBIC)
+
+        def frames(n):
+            return lambda: len(load_video(open(path, 'rb'), n, size=(224, 224))[0])
+        seconds, counts = interleave([pictures, frames(384), frames(16), lambda: decode_all(path)], repeats)
+    print(f"pictures, JPEG 640 x 480 to 336 px          {50 / seconds[0]:>8,.0f} a second")
+    for n, s in zip(counts[1:3], seconds[1:3]):
+        print(f'{n:>3} frames of a 3-minute H.264 clip to 224 px {n / s:>6,.0f} a second {s:>8.2f} s, '
+              f'{seconds[3] / s:.1f} times faster than decoding all {counts[3]:,} ({seconds[3]:.1f} s)')
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--against', choices=['transformers'])
+    parser.add_argument('--data', action='store_true', help='reading pictures and videos, nothing else')
     parser.add_argument('--size', default='tiny,small')
     parser.add_argument('--what', default='train,generate')
     parser.add_argument('--repeats', type=int, default=5)
@@ -219,6 +266,8 @@ def main():
         version = f', transformers {transformers.__version__}'
     print(f'{processor()}; {torch.get_num_threads()} threads, float32; torch {torch.__version__}{version}; '
           f'commit {commit()}; median of {args.repeats}, in turns')
+    if args.data:
+        return bench_data(args.repeats)
     row(['size', 'what', 'ours, tokens/s', 'theirs' if args.against else 'time', 'ratio', 'check'])
     row(['-' * w for w in (5, 22, 14, 14, 7, 22)])
     for size in args.size.split(','):

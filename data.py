@@ -7,7 +7,7 @@
        │  Processor.example                  decode, resize, patchify; token ids and loss weights built turn by turn
        ▼
     Example                                  tokens, weights, branches [L]; patches [crops, patches, patch_dim] uint8
-       │  collate                            pad, shift targets, flatten the indices
+       │  best_fit, collate                  pack into rows, pad, shift targets, flatten the indices
        ▼
     batch   tokens, targets, loss_weights, position_ids, document_ids, branch_ids [B, L], patches, pool_index, ...
 
@@ -15,17 +15,20 @@ A record is a message tree: its media first, then each conversation as a branch 
 picture with ten questions is decoded and encoded once. Points are structured in the record and become text here.
 A row that cannot be used raises BadRow; the Loader skips it, counts it by reason and names it.
 
-    python data.py config/demo_stage1.py     counts, weights, examples; writes an HTML page of what the model gets
+    python data.py config/demo_stage1.py     the mixture, examples; writes an HTML page of what the model gets
+    python data.py config/demo_stage1.py --check=data/mine      every row read as training would: what is wrong or odd
 """
-import base64
 import hashlib
 import html
 import io
+import itertools
 import json
+import math
+import os
 import re
 import signal
 import sys
-import tarfile
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -33,22 +36,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image
 from tokenizers import Tokenizer
 
-from model import UserError, load_model, read_json
+from media import (BadRow, data_url, draw_points, enlarge, load_image, load_subtitles, load_video,
+                   open_media, points_at)
+from model import UserError, from_hf, load_model, make_config, make_mask, newest, read_json
 
 TASKS = ('captioning', 'qa', 'counting', 'pointing', 'tracking', 'text', 'other')
-MAX_PIXELS = 100_000_000                     # a larger picture is a decompression bomb or a mistake
 MAX_LINE = 16 * 2 ** 20                      # bytes of one record
-
-
-class BadRow(ValueError):
-    """A row that cannot be used. `reason` is a short category for the count, the message says what is wrong."""
-
-    def __init__(self, reason, message):
-        super().__init__(message)
-        self.reason = reason
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,44 +109,61 @@ def parse_points(text):
 # Files
 
 class Dataset:
-    """A JSONL file as a sequence of records. Byte offsets of the lines are indexed once and kept beside the file."""
+    """A JSONL file as a sequence of records. The byte offsets of its lines are found once and kept beside it, in a file
+    that is mapped and not read: ten million rows cost no memory."""
 
-    def __init__(self, folder, split='train'):
-        self.folder = Path(folder)
+    def __init__(self, folder, split='train', cap=None, loss_weight=1.):
+        self.folder, self.cap, self.loss_weight = Path(folder), cap, loss_weight
         self.name = self.folder.name
         self.path = self.folder / f'{split}.jsonl'
         if not self.path.is_file():
             raise UserError(f"{self.path} does not exist; prepare the dataset first (prepare/)")
-        index, stat = self.path.with_name(f'.{split}.index.npy'), self.path.stat()
+        index, stat = self.path.with_name(f'.{split}.index'), self.path.stat()
         stamp = [stat.st_size, stat.st_mtime_ns]
         try:
-            self.offsets = np.load(index, mmap_mode='r', allow_pickle=False)
+            self.offsets = np.memmap(index, np.int64, 'r')
             fresh = self.offsets[:2].tolist() == stamp
         except (OSError, ValueError):
             fresh = False
         if not fresh:
-            self.offsets = np.array(stamp + self._scan(), np.int64)
-            try:                             # a read-only folder costs a scan per start, nothing else
-                temporary = index.with_suffix(f'.{id(self)}.tmp')
+            try:
+                temporary = index.with_suffix(f'.{os.getpid()}.{id(self)}.tmp')
                 with open(temporary, 'wb') as f:
-                    np.save(f, self.offsets)
+                    self._scan(f, stamp)
                 temporary.replace(index)
-            except OSError:
-                pass
+                self.offsets = np.memmap(index, np.int64, 'r')
+            except OSError:                  # a read-only folder: a scan each start, and memory
+                self._scan(buffer := io.BytesIO(), stamp)
+                self.offsets = np.frombuffer(buffer.getvalue(), np.int64)
         self._file = None
 
-    def _scan(self):
-        """Where each non-empty line starts, then where the last one ends."""
-        offsets, end = [], 0
+    def _scan(self, out, stamp):
+        """Writes the stamp, where each non-empty line starts, and where the last one ends."""
+        offsets, start, end, blank = array('q', stamp), 0, 0, True
         with open(self.path, 'rb') as f:
-            for line in f:
-                if line.strip():
-                    offsets.append(end)
-                end += len(line)
-        return offsets + [end]
+            while True:
+                piece = f.readline(2 ** 20)  # a line has no limit, memory has
+                end += len(piece)
+                blank = blank and piece.strip() == b''
+                if piece and not piece.endswith(b'\n'):
+                    continue
+                if not blank:
+                    offsets.append(start)
+                if not piece:
+                    break
+                start, blank = end, True
+                if len(offsets) >= 2 ** 16:
+                    out.write(offsets.tobytes())
+                    del offsets[:]
+        offsets.append(end)
+        out.write(offsets.tobytes())
+
+    @property
+    def rows(self):
+        return len(self.offsets) - 3
 
     def __len__(self):
-        return len(self.offsets) - 3
+        return min(self.rows, self.cap or self.rows)
 
     def __getstate__(self):                  # an open file does not travel to a worker
         return {**self.__dict__, '_file': None}
@@ -163,7 +176,7 @@ class Dataset:
         self._file.seek(start)
         try:
             record = json.loads(self._file.read(end - start))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise BadRow('broken JSON', str(e)) from None
         return normalise(record)
 
@@ -178,79 +191,68 @@ def _pieces(size, step=2 ** 20):
     return [step] * (size // step) + [size % step]
 
 
+_PLACE = re.compile(r'^\s*(<(image|video)>\s*)+|(\s*<(image|video)>)+\s*$')   # other trainers' mark; ours stand first
+
+
 def normalise(record):
-    """A record in the one shape: images [...], conversations [{task, messages}]. BadRow names what is wrong."""
+    """A record in the one shape: images [...] or video, conversations [{task, messages}]. BadRow says what is wrong."""
     if not isinstance(record, dict):
         raise BadRow('schema', f'a record is a JSON object, this is {type(record).__name__}')
-    if 'conversations' not in record and 'messages' not in record:
-        raise BadRow('schema', f"neither 'conversations' nor 'messages' among its keys: {', '.join(record) or 'none'}")
     conversations = record.get('conversations') or [{'messages': record.get('messages')}]
-    if isinstance(record.get('images'), str):
-        record['images'] = [record['images']]
+    if not isinstance(conversations, list) or 'conversations' not in record and 'messages' not in record:
+        raise BadRow('schema', f"neither 'conversations' nor 'messages' among its keys: {', '.join(record) or 'none'}")
+    if all(isinstance(m, dict) and 'from' in m for m in conversations):            # LLaVA's turns
+        roles = {'human': 'user', 'gpt': 'assistant'}
+        conversations = [{'messages': [{'role': roles.get(m.get('from'), m.get('from')), 'content': m.get('value')}
+                                       for m in conversations]}]
+    paths = lambda key: [record[key]] if isinstance(record.get(key), str) else record.get(key) or []
+    images, videos = paths('images'), paths('videos') or paths('video')
+    if not all(isinstance(x, list) and all(isinstance(path, str) for path in x) for x in (images, videos)):
+        raise BadRow('schema', "'images' is a list of paths and 'video' is one")
+    if len(videos) > 1 or videos and images:
+        raise BadRow('schema', f'{len(videos)} videos and {len(images)} images: a record has one video or any number '
+                               f'of images')
+    for key in ('start', 'end'):
+        if record.get(key) is not None and not _number(record[key], 0, 1e7):
+            raise BadRow('schema', f"'{key}' is a number of seconds, this is {record[key]!r}")
+    if not isinstance(record.get('subtitles') or [], (str, list)):
+        raise BadRow('schema', "'subtitles' is a path, or a list of {start, end, text}")
     for conversation in conversations:
         messages = conversation.get('messages') if isinstance(conversation, dict) else None
         if not isinstance(messages, list) or not all(
                 isinstance(m, dict) and isinstance(m.get('content', ''), str) and isinstance(m.get('role'), str)
                 for m in messages):
             raise BadRow('schema', "a conversation is {'messages': [{'role': ..., 'content': text}, ...]}")
-        for m in messages:                   # other trainers mark the place of a picture; ours stand first
-            m['content'] = re.sub(r'^\s*(<image>\s*)+|(\s*<image>)+\s*$', '', m.get('content', ''))
-            for p in (m.get('points') or {}).get('points', ()):
-                if not all(isinstance(p.get(k), (int, float)) and -.05 <= p[k] <= 1.05 for k in ('x', 'y')):
-                    raise BadRow('bad point', f"x and y are fractions of the picture in [0, 1], this is {p}")
+        if not isinstance(conversation.get('task', ''), str):
+            raise BadRow('schema', f"'task' is one of {', '.join(TASKS)}, this is {conversation['task']!r}")
+        for m in messages:
+            m['content'] = _PLACE.sub('', m.get('content', ''))
+            check_points(m.get('points'), len(images), bool(videos))
         if not any(m['role'] == 'assistant' for m in messages):
             raise BadRow('no answer', 'a conversation without an assistant turn')
-    if record.get('video') or record.get('videos'):
-        raise BadRow('video', 'video records cannot be read yet')
-    return {**record, 'images': record.get('images') or [], 'conversations': conversations}
+    return {**record, 'images': images, 'video': videos[0] if videos else None, 'conversations': conversations}
 
 
-@lru_cache(maxsize=64)
-def _tar_index(path):
-    with tarfile.open(path, 'r:') as tar:    # uncompressed: a member is a range of bytes
-        return {m.name: (m.offset_data, m.size) for m in tar if m.isfile()}
+def _number(value, low, high):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
-def open_media(folder, path):
-    """The bytes of a media file inside `folder`: a file, or a member of an uncompressed tar (`media-0.tar/7.jpg`)."""
-    folder = Path(folder).resolve()
-    full = (folder / path).resolve()
-    if not full.is_relative_to(folder):
-        raise BadRow('outside', f"'{path}' leaves the dataset's folder")
-    try:
-        head, tar, member = str(path).partition('.tar/')
-        if tar:
-            archive = (folder / f'{head}.tar').resolve()
-            start, size = _tar_index(archive)[member]
-            with open(archive, 'rb') as f:
-                f.seek(start)
-                return f.read(size)
-        return full.read_bytes()
-    except (OSError, KeyError, tarfile.TarError):
-        raise BadRow('missing media', f"'{path}' does not exist in {folder.name}/") from None
-
-
-def load_image(source):
-    """Bytes or a path -> upright 8-bit RGB: EXIF turned, transparency on white, 16 bits scaled, first frame."""
-    try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        if image.width * image.height > MAX_PIXELS:
-            raise BadRow('too large', f'a picture of {image.width} x {image.height} pixels (limit {MAX_PIXELS:,})')
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith('I'):
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert('RGBA')
-            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-        return image.convert('RGB')
-    except FileNotFoundError:
-        raise BadRow('missing media', f'{source} does not exist') from None
-    except UnidentifiedImageError:
-        raise BadRow('unreadable media', 'not a picture, whatever its name says') from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        if isinstance(e, BadRow):
-            raise
-        raise BadRow('unreadable media', f'{e}') from None
+def check_points(points, num_images, video):
+    """BadRow unless they are {'points': [{x, y in [0, 1]; t seconds in a video; image the index of one of many}]}."""
+    if points is None:
+        return
+    if not (isinstance(points, dict) and isinstance(points.get('points'), list)
+            and isinstance(points.get('label', ''), str)):
+        raise BadRow('schema', "points are {'label': text, 'points': [{'x': ..., 'y': ..., 'id': ...}, ...]}")
+    for p in points['points']:
+        if not isinstance(p, dict) or not all(_number(p.get(k), -.05, 1.05) for k in 'xy'):
+            raise BadRow('bad point', f"x and y are fractions of the picture in [0, 1], this is {p}")
+        if not isinstance(p.get('id', 1), int):
+            raise BadRow('bad point', f"'id' is a whole number, this is {p}")
+        if video != ('t' in p) or video and not _number(p['t'], 0, 1e7):
+            raise BadRow('bad point', f"a point has its second 't' in a video and nowhere else, this is {p}")
+        if 'image' in p and not (isinstance(p['image'], int) and _number(p['image'], 0, num_images - 1)):
+            raise BadRow('bad point', f"'image' is the index, from 0, of one of {num_images} images, this is {p}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,21 +266,45 @@ class Example:
     branches: list = field(default_factory=list)       # [L] 0 the shared part, 1.. the conversations
     tasks: list = field(default_factory=list)          # [L] index into TASKS
     patches: np.ndarray = None                         # [crops, patches, patch_dim] uint8
+    grid: tuple = None                                 # (rows, columns) of patches in a crop
+    times: tuple = ()                                  # seconds of the crops, where they are the frames of a video
     pool_index: np.ndarray = None                      # [visual tokens, window], into crops x patches
     visual_index: np.ndarray = None                    # [visual tokens], into tokens
+
+
+def windows(grid, k):
+    """[tokens, k x k] patches of each pooled token of a grid (rows, columns), windows in reading order; -1 beyond the
+    border where k does not divide the grid (half of the padding on each side, as allenai/molmo2 does)."""
+    rows, columns = grid
+    pad = [((-n % k) // 2, -n % k - (-n % k) // 2) for n in grid]
+    index = np.pad(np.arange(rows * columns).reshape(grid), pad, constant_values=-1)
+    r, c = index.shape
+    return index.reshape(r // k, k, c // k, k).transpose(0, 2, 1, 3).reshape(-1, k * k)
 
 
 class Processor:
     """Records -> Examples: the token layout, the pixels, and what a checkpoint's processor files say about both.
 
-    Layout: for each image <|vision_start|> n x <|image_pad|> <|vision_end|>, then ChatML turns. Special tokens are
-    inserted as ids; text is encoded with special tokens off, so a literal '<|image_pad|>' stays text.
+    Layout: <|vision_start|> n x <|image_pad|> <|vision_end|> for each picture ("Image 2" before it if there are more);
+    for each frame of a video its time, "1.5s", and the same with <|video_pad|>, then subtitles as timed lines; then
+    ChatML turns. Special tokens are inserted as ids; text is encoded with special tokens off, so a literal
+    '<|image_pad|>' stays text.
     """
-    NEEDED = ('<|im_start|>', '<|im_end|>', '<|image_pad|>')
+    video_size = 0                 # pixels a side of a frame; 0: image_size
+    video_pooling = 0              # patches a side that one visual token of a frame pools; 0: pooling
+    max_frames = 128
+    fps = 2.0                      # frames a second, up to max_frames a clip
+    resize = 'stretch'             # stretch | crop (CLIP's own: the centre square)
+    image_token = '<|image_pad|>'
+    point_format = 'point'         # point | molmo2
+    point_digits = 3
+    task_weights = {}
+    length_weighting = False       # weight / sqrt(tokens of the answer)
 
-    def __init__(self, tokenizer_folder, image_size, patch_size, pooling, seq_len=4096, resize='stretch',
-                 image_token='<|image_pad|>', point_format='point', point_digits=3, task_weights=None,
-                 length_weighting=False):
+    def __init__(self, tokenizer_folder, image_size, patch_size, pooling, seq_len=4096, **settings):
+        if unknown := [k for k in settings if not hasattr(type(self), k)]:
+            raise TypeError(f'Processor has no setting {unknown[0]}')
+        self.__dict__.update(settings)
         self.tokenizer_folder = Path(tokenizer_folder)
         path = self.tokenizer_folder / 'tokenizer.json'
         if not path.is_file():
@@ -288,33 +314,34 @@ class Processor:
         except Exception as e:               # the library raises plain Exception
             raise UserError(f"{path} is not a tokenizer ({e})") from None
         self.tokenizer.encode_special_tokens = True    # '<|im_end|>' in a user's text is text
-        self.image_size, self.patch_size, self.pooling, self.seq_len = image_size, patch_size, pooling, seq_len
-        self.resize, self.image_token = resize, image_token
-        self.point_format, self.point_digits = point_format, point_digits
-        self.task_weights, self.length_weighting = task_weights or {}, length_weighting
-        ids = {t: self.tokenizer.token_to_id(t) for t in (*self.NEEDED[:2], image_token)}
+        self.vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        ids = {t: self.tokenizer.token_to_id(t) for t in ('<|im_start|>', '<|im_end|>', self.image_token)}
         if lost := [t for t, i in ids.items() if i is None]:
             raise UserError(f"the tokenizer {path} lacks {', '.join(lost)}, which the token layout needs")
         self.im_start, self.im_end, self.image_pad = ids.values()
+        video = self.tokenizer.token_to_id('<|video_pad|>')
+        self.video_pad = self.image_pad if video is None else video
         self.around = [self.tokenizer.token_to_id(t) for t in ('<|vision_start|>', '<|vision_end|>')]
+        self.around = [[t for t in self.around[i:i + 1] if t is not None] for i in (0, 1)]
         self.pad = self.tokenizer.token_to_id('<|endoftext|>') or 0
         self.newline = self.encode('\n')
         self.role = lru_cache(None)(lambda role: [self.im_start, *self.encode(f'{role}\n')])
-        if image_size % (patch_size * pooling):
-            raise UserError(f"image_size {image_size} is not a multiple of patch_size {patch_size} x pooling {pooling}")
-        self.grid = (image_size // patch_size,) * 2
-        # Patches of each pooled token in one crop, windows in reading order: [tokens, pooling^2]
-        g, k = self.grid[0], pooling
-        window = np.arange(g * g).reshape(g // k, k, g // k, k).transpose(0, 2, 1, 3).reshape(-1, k * k)
-        self.window = window.astype(np.int64)
+        self.clock = lru_cache(2 ** 14)(lambda tenths: self.encode(f'{tenths / 10:.1f}s'))
 
-        self.vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        self.image_size, self.patch_size, self.pooling, self.seq_len = image_size, patch_size, pooling, seq_len
+        self.video_size, self.video_pooling = self.video_size or image_size, self.video_pooling or pooling
+        for name in ('image_size', 'video_size'):
+            if getattr(self, name) % patch_size:
+                raise UserError(f"{name} {getattr(self, name)} is not a multiple of the patch size {patch_size}")
+        self.grid, self.frame_grid = ((size // patch_size,) * 2 for size in (image_size, self.video_size))
+        self.window, self.frame_window = windows(self.grid, pooling), windows(self.frame_grid, self.video_pooling)
+        # tokens that a frame takes at most: time, start, visual tokens, end
+        self.frame_tokens = len(self.clock(99999)) + sum(map(len, self.around)) + len(self.frame_window)
 
     def token_ids(self):
         """The ids that a model's Config holds."""
-        video = self.tokenizer.token_to_id('<|video_pad|>')
-        return {'image_token_id': self.image_pad, 'video_token_id': self.image_pad if video is None else video,
-                'eos_token_id': self.im_end, 'pad_token_id': self.pad}
+        return {'image_token_id': self.image_pad, 'video_token_id': self.video_pad, 'eos_token_id': self.im_end,
+                'pad_token_id': self.pad}
 
     def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -324,9 +351,8 @@ class Processor:
 
     # -- pixels
 
-    def pixels(self, image):
+    def pixels(self, image, size):
         """An upright RGB picture -> patches [num_patches, patch_dim] uint8, in reading order; row, column, channel."""
-        size, p = self.image_size, self.patch_size
         if self.resize == 'crop':            # CLIP's own: short side to size, centre square (transformers CLIP)
             short, (w, h) = min(image.size), image.size
             image = image.resize((int(size * w / short), int(size * h / short)), Image.Resampling.BICUBIC)
@@ -334,39 +360,71 @@ class Processor:
             image = image.crop((left, top, left + size, top + size))
         elif image.size != (size, size):     # stretch: nothing is lost, and fractions of the picture stay fractions
             image = image.resize((size, size), Image.Resampling.BICUBIC)
-        g = self.grid[0]
+        p, g = self.patch_size, size // self.patch_size
         return np.asarray(image).reshape(g, p, g, p, 3).transpose(0, 2, 1, 3, 4).reshape(g * g, p * p * 3)
+
+    def media(self, record, folder, room=None):
+        """What a record shows, decoded: {'images': [...]} or {'clip': (times, frames), 'subtitles': [...]}. Of a video
+        so many frames as fit `room` tokens."""
+        if not record['video']:
+            return {'images': [load_image(open_media(folder, path)) for path in record['images']]}
+        clip = {'start': record.get('start') or 0., 'end': record.get('end')}
+        subtitles = record.get('subtitles') or []
+        if isinstance(subtitles, str):
+            subtitles = open_media(folder, subtitles)
+        subtitles = load_subtitles(subtitles, **clip) if subtitles else []
+        frames = self.max_frames
+        if room is not None:
+            frames = min(frames, (room - len(self._subtitle_tokens(subtitles))) // self.frame_tokens)
+            if frames < 1:
+                raise BadRow('too long', f'no room for a frame of {self.frame_tokens} tokens in seq_len {self.seq_len}')
+        size = (self.video_size,) * 2 if self.resize == 'stretch' else None
+        return {'clip': load_video(open_media(folder, record['video']), frames, self.fps, size=size, **clip),
+                'subtitles': subtitles}
 
     # -- tokens
 
-    def answer(self, message, conversation):
-        """The text of an assistant message: its content, then its points."""
+    def answer(self, message, task, times=None):
+        """The text of an assistant message: its content, then its points. A track is told at the frames' times only."""
         parts = [message['content']] if message['content'] else []
-        if (points := message.get('points')) is not None:
-            parts.append(format_points(points['points'], points.get('label', ''), self.point_format,
-                                       self.point_digits, conversation.get('task') == 'tracking'))
+        if message.get('points') is not None:
+            points = message['points']['points']
+            if task == 'tracking' and times is not None:
+                points = [p for p in points if abs(times - p['t']).min() <= .5 / self.fps]
+            parts.append(format_points(points, message['points'].get('label', ''), self.point_format,
+                                       self.point_digits, task == 'tracking'))
         return ' '.join(parts)
 
-    def _media(self, images):
-        """The shared part of an example: pictures and their placeholder tokens."""
-        e = Example()
-        crops, pool, visual = [], [], []
-        for i, image in enumerate(images):
-            if len(images) > 1:
+    def _subtitle_tokens(self, cues):
+        lines = [f"{c['start']:.1f}s - {c['end']:.1f}s: {c['text']}" for c in cues]
+        return self.encode('\n'.join(['', 'Subtitles:', *lines])) if lines else []
+
+    def _shared(self, images=(), clip=((), ()), subtitles=()):
+        """The shared part of an example: what is seen, as patches and placeholder tokens."""
+        e, crops, pool, visual = Example(), [], [], []
+        frames = len(clip[0]) > 0
+        window, size, pad = ((self.frame_window, self.video_size, self.video_pad) if frames else
+                             (self.window, self.image_size, self.image_pad))
+        for i, image in enumerate(clip[1] if frames else images):
+            if frames:
+                e.tokens += self.clock(round(10 * clip[0][i]))
+            elif len(images) > 1:
                 e.tokens += self.encode(f'Image {i + 1}')
-            e.tokens += [t for t in self.around[:1] if t is not None]
-            visual += range(len(e.tokens), len(e.tokens) + len(self.window))
-            e.tokens += [self.image_pad] * len(self.window)
-            e.tokens += [t for t in self.around[1:] if t is not None]
-            crops.append(self.pixels(image))
-            pool.append(self.window + i * self.grid[0] * self.grid[1])
+            e.tokens += self.around[0]
+            visual += range(len(e.tokens), len(e.tokens) + len(window))
+            e.tokens += [pad] * len(window)
+            e.tokens += self.around[1]
+            crops.append(self.pixels(image, size))
+            pool.append(np.where(window < 0, -1, window + i * len(crops[0])))
+        e.tokens += self._subtitle_tokens(subtitles)
         n = len(e.tokens)
         e.weights, e.positions, e.branches, e.tasks = [0.] * n, list(range(n)), [0] * n, [0] * n
         if crops:
             e.patches, e.pool_index, e.visual_index = np.stack(crops), np.concatenate(pool), np.array(visual, np.int64)
+            e.grid, e.times = self.frame_grid if frames else self.grid, tuple(clip[0])
         return e
 
-    def _dialogue(self, conversation):
+    def _dialogue(self, conversation, times=None):
         """ids and weights of one conversation, built together turn by turn. Loss: answers and their <|im_end|>."""
         task = conversation.get('task', 'other')
         base = self.task_weights.get(task, 1.)
@@ -376,7 +434,7 @@ class Processor:
                 ids, weights = ids + self.newline, weights + [0.] * len(self.newline)
             head = self.role(message['role'])
             if message['role'] == 'assistant':
-                body = self.encode(self.answer(message, conversation)) + [self.im_end]
+                body = self.encode(self.answer(message, task, times)) + [self.im_end]
                 w = base / len(body) ** .5 if self.length_weighting else base
             else:
                 body, w = self.encode(message['content']) + [self.im_end], 0.
@@ -384,12 +442,18 @@ class Processor:
         return ids, weights, TASKS.index(task) if task in TASKS else TASKS.index('other')
 
     def example(self, record, folder):
-        """A record -> Example of at most seq_len tokens. Conversations that do not fit are left out."""
-        e = self._media([load_image(open_media(folder, path)) for path in record['images']])
-        shared, lengths = len(e.tokens), []
-        for conversation in record['conversations']:
-            ids, weights, task = self._dialogue(conversation)
-            lengths.append(len(ids))
+        """A record -> Example of at most seq_len tokens: a video gives up frames, then conversations are left out."""
+        talks = [self._dialogue(c) for c in record['conversations']]
+        lengths = [len(ids) for ids, _, _ in talks]
+        # the conversations have the first claim on a quarter of the row, and the shortest on whatever it needs
+        room = self.seq_len - max(min(lengths), min(sum(lengths), self.seq_len // 4))
+        media = self.media(record, folder, room)
+        if 'clip' in media:                  # tracks are told at the frames' times
+            talks = [self._dialogue(c, media['clip'][0]) if c.get('task') == 'tracking' else talk
+                     for c, talk in zip(record['conversations'], talks)]
+        e = self._shared(**media)
+        shared = len(e.tokens)
+        for ids, weights, task in talks:
             if not any(weights) or len(e.tokens) + len(ids) > self.seq_len:
                 continue
             branch = e.branches[-1] + 1 if e.branches else 1
@@ -397,13 +461,13 @@ class Processor:
             e.tokens, e.weights = e.tokens + ids, e.weights + weights
             e.branches, e.tasks = e.branches + [branch] * len(ids), e.tasks + [task] * len(ids)
         if len(e.tokens) == shared:
-            raise BadRow('too long', f'{shared} visual tokens and a shortest conversation of {min(lengths)} do not fit '
-                                     f'seq_len {self.seq_len}')
+            raise BadRow('too long', f'{shared} tokens of pictures and a shortest conversation of {min(lengths)} do '
+                                     f'not fit seq_len {self.seq_len}')
         return e
 
-    def prompt(self, images, messages):
-        """Pictures (PIL) and messages that end with a user turn -> Example that ends where the answer begins."""
-        e = self._media(images)
+    def prompt(self, messages, **media):
+        """Messages that end with a user turn, and `media` as above -> Example that ends where the answer begins."""
+        e = self._shared(**media)
         ids, _, _ = self._dialogue({'messages': messages})
         ids = ids + self.newline + self.role('assistant')
         e.tokens, n = e.tokens + ids, len(e.tokens) + len(ids)
@@ -423,8 +487,9 @@ class Processor:
                  'do_center_crop': self.resize == 'crop', 'crop_size': size, 'do_normalize': True,
                  'do_convert_rgb': True, 'image_mean': mean, 'image_std': std,
                  'size': {'shortest_edge': self.image_size} if self.resize == 'crop' else size}
-        ours = {k: getattr(self, k) for k in ('image_size', 'patch_size', 'pooling', 'resize', 'image_token',
-                                              'point_format', 'point_digits')}
+        ours = {k: getattr(self, k) for k in (
+            'image_size', 'patch_size', 'pooling', 'video_size', 'video_pooling', 'max_frames', 'fps', 'resize',
+            'image_token', 'point_format', 'point_digits')}
         processor = {'processor_class': 'LlavaProcessor', 'image_token': self.image_token,
                      'patch_size': self.patch_size, 'num_additional_image_tokens': 1,
                      'vision_feature_select_strategy': 'default', 'nanomolmo2': ours}
@@ -451,10 +516,8 @@ class Processor:
 
 
 def load_checkpoint(path, **settings):
-    """(model, processor) of a checkpoint folder, or of the one that a run's `latest` names."""
-    folder = Path(path)
-    if (latest := folder / 'latest').is_file():
-        folder = folder / latest.read_text().strip()
+    """(model, processor, folder) of a checkpoint or of a run's newest one."""
+    folder = newest(path)
     model = load_model(folder)
     return model, Processor.load(folder, model.config, **settings), folder
 
@@ -488,45 +551,74 @@ CHAT_TEMPLATE = """\
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches
 
-def collate(examples, processor, length=0, left=False, packed=False):
-    """Examples -> a batch for the model: a row each, padded to `length` or the longest (on the left for generation),
-    or, `packed`, one after the other in a single row without padding, as documents 0, 1, .."""
-    sizes = [len(e.tokens) for e in examples]
-    need = sum(sizes) if packed else max(sizes)
-    B, L = 1 if packed else len(examples), length or -(-need // 8) * 8     # of eight, as vector units like
+def collate(rows, processor, length=0, left=False):
+    """Lists of examples -> a batch for the model. A row is one list: its examples one after the other as documents 0,
+    1, .., padded to `length` or the longest row (on the left for generation)."""
+    sizes = [[len(e.tokens) for e in row] for row in rows]
+    B, L = len(rows), length or -(-max(map(sum, sizes)) // 8) * 8      # of eight, as vector units like
     tokens = np.full((B, L), processor.pad)
     targets, weights = np.full((B, L), processor.pad), np.zeros((B, L), np.float32)
     positions, tasks, branches = (np.zeros((B, L), np.int64) for _ in range(3))
     documents = np.full((B, L), -1)
-    patches, pool, visual, offset = [], [], [], 0
-    for i, (e, n) in enumerate(zip(examples, sizes)):
-        b, start = (0, sum(sizes[:i])) if packed else (i, L - n if left else 0)
-        row = slice(start, start + n)
-        tokens[b, row], positions[b, row], branches[b, row] = e.tokens, e.positions, e.branches
-        documents[b, row] = i if packed else 0
-        # Position i predicts token i + 1. The first token of a branch has no weight, so no loss crosses branches.
-        before = slice(start, start + n - 1)
-        targets[b, before], weights[b, before], tasks[b, before] = e.tokens[1:], e.weights[1:], e.tasks[1:]
-        if e.patches is not None:
-            patches.append(e.patches)
-            pool.append(np.where(e.pool_index < 0, -1, e.pool_index + offset))
-            visual.append(e.visual_index + b * L + start)
-            offset += e.patches.shape[0] * e.patches.shape[1]
+    seen = {processor.grid: [], processor.frame_grid: []}              # pictures first, then frames of another size
+    for b, row in enumerate(rows):
+        start = L - sum(sizes[b]) if left else 0
+        for i, e in enumerate(row):
+            here = slice(start, start + len(e.tokens))
+            tokens[b, here], positions[b, here], branches[b, here] = e.tokens, e.positions, e.branches
+            documents[b, here] = i
+            # Position i predicts token i + 1. The first token of a branch has no weight, so no loss crosses branches.
+            before = slice(here.start, here.stop - 1)
+            targets[b, before], weights[b, before], tasks[b, before] = e.tokens[1:], e.weights[1:], e.tasks[1:]
+            if e.patches is not None:
+                seen[e.grid].append((e.patches, e.pool_index, e.visual_index + b * L + start))
+            start = here.stop
     loss_index = np.flatnonzero(weights)
     batch = {'tokens': tokens, 'targets': targets, 'loss_weights': weights, 'position_ids': positions,
              'document_ids': documents, 'branch_ids': branches, 'loss_index': loss_index,
              'loss_tasks': tasks.flatten()[loss_index]}
-    if patches:
-        batch.update(patches=np.concatenate(patches), pool_index=np.concatenate(pool),
-                     visual_index=np.concatenate(visual))
+    batch.update(see(seen, processor))
     batch = {k: torch.from_numpy(v) for k, v in batch.items()}
     # Plain causal attention is the mask where rows hold one document with at most one branch, and no padding in front
-    batch['causal'] = int(branches.max()) <= 1 and not (packed or left and (documents < 0).any())
+    batch['causal'] = int(branches.max()) <= 1 and int(documents.max()) <= 0 and not (left and (documents < 0).any())
     # Counted here, on the CPU, so that the training loop need not ask the device: tokens, pairs that see each other (a
     # token at position p sees p + 1), the sum of the loss weights
-    batch.update(grid=processor.grid, n_tokens=int((documents >= 0).sum()), total_weight=float(weights.sum()),
-                 n_pairs=int((positions + 1)[documents >= 0].sum()))
+    batch.update(grid=processor.grid, frame_grid=processor.frame_grid, n_tokens=int((documents >= 0).sum()),
+                 total_weight=float(weights.sum()), n_pairs=int((positions + 1)[documents >= 0].sum()))
     return batch
+
+
+def see(seen, processor):
+    """{grid: [(patches, pool_index, visual_index) of each example]} -> the batch's patches and frames, and the indices
+    of all: pool_index counts the patches of all pictures, then those of all frames."""
+    batch, pool, visual, offset = {}, [], [], 0
+    for name, grid in (('patches', processor.grid), ('frames', processor.frame_grid)):
+        for patches, index, where in seen[grid]:
+            pool.append(np.where(index < 0, -1, index + offset))
+            visual.append(where)
+            offset += patches.shape[0] * patches.shape[1]
+        if seen[grid]:
+            batch[name] = np.concatenate([patches for patches, _, _ in seen[grid]])
+            seen[grid] = []                  # frames of the pictures' size went with them
+    if pool:
+        width = max(index.shape[1] for index in pool)
+        pool = [np.pad(index, ((0, 0), (0, width - index.shape[1])), constant_values=-1) for index in pool]
+        batch.update(pool_index=np.concatenate(pool), visual_index=np.concatenate(visual))
+    return batch
+
+
+def best_fit(lengths, room):
+    """Indices of the examples that fill a row of `room` tokens best: the first, which has waited longest, and those of
+    the others whose lengths add up to most. Exact: bit s of reach[n] says whether some of the first n add up to s."""
+    room, reach = room - lengths[0], [1]
+    for n in lengths[1:]:
+        reach.append((reach[-1] | reach[-1] << n) & (1 << room + 1) - 1)
+    total, chosen = reach[-1].bit_length() - 1, [0]
+    for i in range(len(lengths) - 1, 0, -1):
+        if not reach[i - 1] >> total & 1:    # cannot be had without this one: the older ones go first
+            chosen.append(i)
+            total -= lengths[i]
+    return sorted(chosen)
 
 
 def permute(i, n, key):
@@ -544,9 +636,80 @@ def permute(i, n, key):
             return i
 
 
+def mixture_rates(mixture, sizes):
+    """{dataset: rate} of a config's `mixture` and the numbers of rows. Its entries are
+
+    name: rate                             a dataset with a rate of its own
+    group: {'rate': rate, 'sets': {name: {}, name: {'cap': 60_000, 'factor': 1.5, 'loss_weight': .1}, ..}}
+                                           sets share the group's rate as sqrt(rows, at most cap) x factor
+
+    and all rates are divided by their sum (allenai/molmo2 data_loader.py, _build_mixture). One group of rate 1 is the
+    plain sqrt-proportional rule, w_i = sqrt(n_i) / sum of sqrt(n_j).
+    """
+    rates, total = {}, sum(g['rate'] if isinstance(g, dict) else g for g in mixture.values())
+    for key, group in mixture.items():
+        if not isinstance(group, dict):
+            rates[key] = group / total
+            continue
+        roots = {name: min(sizes[name], o.get('cap') or sizes[name]) ** .5 * o.get('factor', 1)
+                 for name, o in group['sets'].items()}
+        rates.update({name: group['rate'] / total * root / sum(roots.values()) for name, root in roots.items()})
+    return rates
+
+
+def mixture_sets(mixture):
+    """{dataset: its options} of a config's `mixture`; a mistake in it is told in one line."""
+    sets, known = {}, ('cap', 'factor', 'loss_weight', 'size')
+    for key, group in mixture.items():
+        if isinstance(group, dict) and (set(group) != {'rate', 'sets'} or not group['sets']):
+            raise UserError(f"mixture['{key}'] is a group: {{'rate': .5, 'sets': {{name: {{}}, ...}}}}")
+        for name, options in (group['sets'] if isinstance(group, dict) else {key: {}}).items():
+            if name in sets:
+                raise UserError(f"mixture names dataset '{name}' twice")
+            if wrong := [o for o in options if o not in known]:
+                raise UserError(f"mixture: '{name}' has option '{wrong[0]}'; known: {', '.join(known)}")
+            sets[name] = options
+    return sets
+
+
+def open_mixture(mixture, data_dir, seed=0):
+    """The Mixture of a config's `mixture`, from the datasets' training splits."""
+    sets = mixture_sets(mixture)
+    if not sets:
+        raise UserError("mixture is empty: name datasets and rates, as config/demo_stage1.py does")
+    datasets = {name: Dataset(Path(data_dir) / name, cap=o.get('cap'), loss_weight=o.get('loss_weight', 1.))
+                for name, o in sets.items()}
+    rates = mixture_rates(mixture, {name: dataset.rows for name, dataset in datasets.items()})
+    return Mixture(list(datasets.values()), [rates[name] for name in datasets], seed)
+
+
+def mixture_table(mixture, data_dir, draws):
+    """A line per dataset: rows, square root, share of the draws, draws of the whole run, epochs. A dataset that is not
+    there yet counts with the `size` that the config gives it."""
+    sets, sizes, missing = mixture_sets(mixture), {}, set()
+    for name, options in sets.items():
+        try:
+            sizes[name] = Dataset(Path(data_dir) / name).rows
+        except UserError:
+            missing.add(name)
+            sizes[name] = options.get('size', 0)
+    rates = mixture_rates(mixture, {name: max(1, size) for name, size in sizes.items()})
+    lines = [f"{'dataset':<34}{'rows':>11}{'sqrt':>8}{'weight':>9}{'draws':>13}{'epochs':>9}"]
+    for key, group in mixture.items():
+        names = list(group['sets']) if isinstance(group, dict) else [key]
+        if len(names) > 1:
+            lines.append(f"{key:<53}{sum(rates[n] for n in names):>9.2%}")
+        for name in names:
+            used = min(sizes[name], sets[name].get('cap') or sizes[name])
+            lines.append(f"{'  ' * (len(names) > 1) + name + ' *' * (name in missing):<34}{used:>11,}{used ** .5:>8.0f}"
+                         f"{rates[name]:>9.2%}{draws * rates[name]:>13,.0f}"
+                         + (f'{draws * rates[name] / used:>9.2f}' if used else f"{'?':>9}"))
+    return lines + ['* not prepared yet; rows as the config expects'] * bool(missing)
+
+
 class Mixture:
-    """Fixed rates over datasets. Draw k is a pure function of (seed, k): which dataset, by its rate, and which row:
-    the dataset's next one in a permutation that is fresh every epoch."""
+    """Rates over datasets. Draw k is a pure function of (seed, k): which dataset, by its rate, and which row: the
+    dataset's next one in a permutation that is fresh every epoch."""
     BLOCK = 4096
 
     def __init__(self, datasets, rates, seed=0):
@@ -570,8 +733,10 @@ class Mixture:
         while True:
             for d in self._block(k // self.BLOCK).tolist():
                 if k >= start:
-                    epoch, i = divmod(int(counts[d]), len(self.datasets[d]))
-                    yield k, d, permute(i, len(self.datasets[d]), f'{self.seed}/{d}/{epoch}')
+                    dataset = self.datasets[d]
+                    epoch, i = divmod(int(counts[d]), len(dataset))
+                    i = permute(i, len(dataset), f'{self.seed}/{d}/{epoch}')
+                    yield k, d, permute(i, dataset.rows, f'{self.seed}/{d}') if dataset.cap else i   # any `cap` rows
                 counts[d] += 1
                 k += 1
 
@@ -586,7 +751,10 @@ class _Rows(torch.utils.data.Dataset):
         k, d, row = draw
         dataset = self.mixture.datasets[d]
         try:
-            return draw, self.processor.example(dataset[row], dataset.folder)
+            example = self.processor.example(dataset[row], dataset.folder)
+            if dataset.loss_weight != 1:
+                example.weights = [w * dataset.loss_weight for w in example.weights]
+            return draw, example
         except BadRow as e:
             return draw, {'row': dataset.where(row), 'reason': e.reason, 'problem': str(e), 'dataset': dataset.name}
 
@@ -598,39 +766,56 @@ def _quiet_worker(_):
 
 
 class Loader:
-    """Endless batches, in the order of the draws whatever the number of workers; its state is one number.
+    """Endless batches, whatever the number of workers; its state is a few numbers.
 
-    state: {'draw': the next draw, 'seen': rows read, 'skipped': {'dataset: reason': count}}.
+    Unpacked, a row is an example, in the order of the draws. Packed, rows of exactly `length` tokens are filled from a
+    pool of POOL examples (`best_fit`); the pool's draws belong to the state and are read again after a resume.
+    state: {'draw': the next draw, 'pool': [[draw, dataset, row]], 'seen': rows read, 'skipped': {'set: reason': n}}.
     """
+    POOL = 48                      # more gains nothing (Molmo2, appendix B)
 
     def __init__(self, mixture, processor, batch_size, num_workers=0, state=None, length=0, max_bad_fraction=.1,
                  report=None, packed=False):
         self.batch_size, self.length, self.packed = batch_size, length, packed
         self.max_bad_fraction, self.report = max_bad_fraction, report
         self.rows = _Rows(mixture, processor)
-        self.state = {'draw': 0, 'seen': 0, 'skipped': {}, **(state or {})}
+        self.state = {'draw': 0, 'pool': [], 'seen': 0, 'skipped': {}, **(state or {})}
         self.state['skipped'] = dict(self.state['skipped'])
         self.num_workers = num_workers
 
+    def examples(self):
+        """Yields ((draw, dataset, row), Example): those of the pool again, then those of the draws from here on."""
+        draws = self.rows.mixture.draws(self.state['draw'])
+        rows = torch.utils.data.DataLoader(
+            self.rows, sampler=itertools.chain(map(tuple, self.state['pool']), draws), batch_size=None,
+            num_workers=self.num_workers, worker_init_fn=_quiet_worker,
+            prefetch_factor=4 * self.batch_size if self.num_workers else None,
+            multiprocessing_context='fork' if self.num_workers and sys.platform == 'linux' else None)
+        again = len(self.state['pool'])
+        for n, (draw, example) in enumerate(rows):
+            if n >= again:
+                self.state['draw'] = draw[0] + 1
+                self.state['seen'] += 1
+            if not isinstance(example, dict):
+                yield draw, example
+            elif n >= again:
+                self._skip(example)
+
     def __iter__(self):
         """Yields (batch, the state that continues after it)."""
-        rows = torch.utils.data.DataLoader(
-            self.rows, sampler=self.rows.mixture.draws(self.state['draw']), batch_size=None,
-            num_workers=self.num_workers, worker_init_fn=_quiet_worker, prefetch_factor=4 * self.batch_size if self.num_workers else None,
-            multiprocessing_context='fork' if self.num_workers and sys.platform == 'linux' else None)
-        examples, rows_of = [], []
-        for (k, d, row), example in rows:
-            self.state['seen'] += 1
-            if isinstance(example, dict):
-                self._skip(example)
-                continue
-            examples.append(example)
-            rows_of.append((self.rows.mixture.datasets[d].name, row))
-            if len(examples) == self.batch_size:
-                self.state['draw'] = k + 1
-                batch = collate(examples, self.rows.processor, self.length, packed=self.packed)
-                batch['rows'], examples, rows_of = rows_of, [], []
-                yield batch, {**self.state, 'skipped': dict(self.state['skipped'])}
+        examples, pool, name = self.examples(), [], lambda d: self.rows.mixture.datasets[d].name
+        while True:
+            rows, taken = [], []
+            while len(rows) < self.batch_size:
+                pool += itertools.islice(examples, (self.POOL if self.packed else 1) - len(pool))
+                chosen = best_fit([len(e.tokens) for _, e in pool], self.length) if self.packed else [0]
+                rows.append([pool[i][1] for i in chosen])
+                taken += [(name(pool[i][0][1]), pool[i][0][2]) for i in chosen]
+                pool = [item for i, item in enumerate(pool) if i not in chosen]
+            self.state['pool'] = [list(draw) for draw, _ in pool]
+            batch = collate(rows, self.rows.processor, self.length)
+            batch['rows'] = taken
+            yield batch, {**self.state, 'skipped': dict(self.state['skipped'])}
 
     def _skip(self, problem):
         key = f"{problem['dataset']}: {problem['reason']}"
@@ -655,37 +840,12 @@ table{border-collapse:collapse} td,th{padding:2px 10px;text-align:right} td:firs
 </style>"""
 
 
-def data_url(image):
-    buffer = io.BytesIO()
-    image.save(buffer, 'PNG')
-    return 'data:image/png;base64,' + base64.b64encode(buffer.getvalue()).decode()
-
-
-def enlarge(image, side=384):
-    """A small picture by a whole factor, for people to look at: its longer side comes near `side` pixels."""
-    scale = max(1, side // max(image.size))
-    return image.resize((image.width * scale, image.height * scale))
-
-
-def draw_points(image, points, colour='magenta'):
-    """A copy of an RGB picture with numbered dots, large enough to be seen at this picture's size."""
-    image = image.copy()
-    draw, r = ImageDraw.Draw(image), max(3, max(image.size) // 90)
-    for n, point in enumerate(points, 1):
-        x, y = point['x'] * image.width, point['y'] * image.height
-        draw.ellipse((x - r, y - r, x + r, y + r), outline='white', fill=colour, width=max(1, r // 4))
-        # beside the dot, on the side that has room
-        anchor = 'lm' if x < image.width * .9 else 'rm'
-        draw.text((x + (1.5 if anchor == 'lm' else -1.5) * r, y), str(point.get('id', n)), fill=colour, anchor=anchor,
-                  font_size=max(10, 3 * r), stroke_width=max(1, r // 3), stroke_fill='white')
-    return image
-
-
-def as_model_sees(patches, processor, points=(), scale=1):
-    """Patches of one crop [num_patches, patch_dim] put back together, with points drawn: shape and order show at once."""
-    g, p = processor.grid[0], processor.patch_size
-    pixels = patches.reshape(g, g, p, p, 3).transpose(0, 2, 1, 3, 4).reshape(g * p, g * p, 3)
-    return draw_points(Image.fromarray(pixels).resize((g * p * scale,) * 2, Image.Resampling.NEAREST), points)
+def as_model_sees(patches, grid, points=(), scale=1):
+    """Patches of one crop [num_patches, patch_dim] put back together, with points drawn: shape and order show."""
+    (rows, columns), p = grid, math.isqrt(patches.shape[1] // 3)
+    pixels = patches.reshape(rows, columns, p, p, 3).transpose(0, 2, 1, 3, 4).reshape(rows * p, columns * p, 3)
+    size = columns * p * scale, rows * p * scale
+    return draw_points(Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST), points)
 
 
 def tokens_html(example, processor):
@@ -693,7 +853,7 @@ def tokens_html(example, processor):
     top = max(example.weights) or 1
     lines, visual, branch = [''], 0, 0
     for token, weight, b in zip([*example.tokens, None], [*example.weights, 0], [*example.branches, 0]):
-        if token == processor.image_pad:
+        if token in (processor.image_pad, processor.video_pad):
             visual += 1
             continue
         if visual:
@@ -712,72 +872,187 @@ def tokens_html(example, processor):
     return ''.join(f'<div class="tokens">{line}</div>' for line in lines)
 
 
+def mask_picture(examples, length, visual_ids, side=512):
+    """A packed row and what its tokens see: above, a colour a document, pale where it is seen or asked, strong where
+    it answers; below, coloured where the token of that row of pixels sees the one of that column. Every n-th token."""
+    tokens, weights, documents, branches = (np.full(length, fill) for fill in (-1, 0., -1, 0))
+    start = 0
+    for i, e in enumerate(examples):
+        here = slice(start, start := start + len(e.tokens))
+        tokens[here], weights[here], documents[here], branches[here] = e.tokens, e.weights, i, e.branches
+    at = np.arange(0, length, -(-length // side))
+    ids = [torch.from_numpy(x[at][None]) for x in (documents, branches)]
+    visual = torch.from_numpy(np.isin(tokens[at], visual_ids)[None]) if visual_ids else None
+    sees = make_mask(*ids, visual)[0, 0].numpy() & (documents[at] >= 0)
+    colours = np.array([(230, 80, 60), (60, 130, 220), (60, 170, 90), (200, 140, 30), (150, 80, 190)])
+    colour = np.where(documents[at, None] < 0, 0, colours[documents[at] % len(colours)])
+    strip = np.where(weights[at, None] > 0, colour, 255 - (255 - colour) // 3)
+    below = np.where(sees[..., None], 255 - (255 - colour[None]) // 2, 20)
+    pixels = np.concatenate([np.tile(strip, (12, 1, 1)), below])
+    return enlarge(Image.fromarray(pixels.astype(np.uint8)), side)
+
+
+def processor_settings(settings):
+    """What a config says about the Processor."""
+    names = ('image_size', 'pooling', 'video_size', 'video_pooling', 'max_frames', 'fps', 'seq_len', 'point_format',
+             'point_digits', 'task_weights', 'length_weighting')
+    return {k: settings[k] for k in names}
+
+
+def make_processor(settings):
+    """(Processor, model Config) of a config, whose checkpoint need not be trained yet."""
+    source = settings['init_from'] and newest(settings['init_from'])
+    config = (from_hf(read_json(source / 'config.json')) if source else
+              make_config(settings['vision'], settings['language'], recipe=settings['recipe']))
+    folder = settings['tokenizer'] or source or settings['language_weights']
+    if not folder:
+        raise UserError("give a config, or --tokenizer=folder with tokenizer.json")
+    return Processor(folder, patch_size=config.vision.patch_size, **processor_settings(settings)), config
+
+
 def inspect(settings, number=12):
-    """Prints counts and a few examples of a config's mixture; writes <out_dir>/inspect.html."""
+    """Prints a config's mixture and a few examples of it; writes <out_dir>/inspect.html."""
     from tqdm import tqdm
-    from model import make_config
-    vision = make_config(settings['vision'], settings['language'], recipe=settings['recipe']).vision
-    folder = settings['tokenizer'] or settings['init_from'] or settings['language_weights']
-    names = ('image_size', 'pooling', 'seq_len', 'point_format', 'point_digits', 'task_weights', 'length_weighting')
-    processor = Processor(folder, patch_size=vision.patch_size, **{k: settings[k] for k in names})
+    table = lambda examples: mixture_table(settings['mixture'], settings['data_dir'], examples)
+    rows = settings['max_steps'] * settings['batch_size'] * settings['accumulation']
     if not settings['mixture']:
         raise UserError("mixture is empty; give a config: python data.py config/demo_stage1.py")
-    datasets = [Dataset(Path(settings['data_dir']) / name) for name in settings['mixture']]
-    mixture = Mixture(datasets, list(settings['mixture'].values()), settings['seed'])
-    rows, tokens, weights, skipped, lengths = Counter(), Counter(), Counter(), Counter(), []
-    page = [f"<!doctype html><meta charset='utf-8'><title>{html.escape(settings['out_dir'])}</title>{STYLE}",
-            '<p>Blue: visual tokens. Green: tokens with a loss, darker with its weight. One line a conversation: each '
-            'sees the first line and itself. Hover for ids and weights.</p>']
-    for k, d, row in tqdm(mixture.draws(), total=200, unit='row', disable=None):
-        if k == 200:
-            break
-        dataset = datasets[d]
-        try:
-            record = dataset[row]
-            example = processor.example(record, dataset.folder)
-        except BadRow as e:
-            skipped[f'{dataset.name}: {e.reason}'] += 1
-            tqdm.write(f'skipped {dataset.where(row)}: {e}')
+    if (lines := table(rows))[-1].startswith('*'):
+        print('\n'.join(lines))
+        return print(f'the draws are those of {rows:,} examples; nothing to look at before the data is there')
+    processor, config = make_processor(settings)
+    mixture = open_mixture(settings['mixture'], settings['data_dir'], settings['seed'])
+    loss, weights, skipped, examples, page = Counter(), Counter(), Counter(), [], []
+    reader = _Rows(mixture, processor)
+    for draw in tqdm(itertools.islice(mixture.draws(), 200), total=200, unit='row', disable=None):
+        dataset = mixture.datasets[draw[1]]
+        _, example = reader[draw]
+        if isinstance(example, dict):
+            skipped[f"{dataset.name}: {example['reason']}"] += 1
+            tqdm.write(f"skipped {example['row']}: {example['problem']}")
             continue
-        rows[dataset.name] += 1
-        lengths.append(len(example.tokens))
+        examples.append(example)
         for task, weight in zip(example.tasks, example.weights):
             if weight:
-                tokens[TASKS[task]] += 1
+                loss[TASKS[task]] += 1
                 weights[TASKS[task]] += weight
-        if len(lengths) > number:
-            continue
-        page.append(f'<h2>draw {k}: {html.escape(dataset.where(row))}, {len(example.tokens)} tokens, '
-                    f'{len(record["conversations"])} conversations</h2>')
-        points = [p for c in record['conversations'] for m in c['messages'] for p in (m.get('points') or {}).get('points', ())]
-        for i in range(len(example.patches) if example.patches is not None else 0):
-            here = [p for p in points if p.get('image', 0) == i]
-            crop = as_model_sees(example.patches[i], processor, here, max(1, 256 // processor.image_size))
-            page.append(f'<img src="{data_url(crop)}">')
-        page.append(tokens_html(example, processor))
-        if len(lengths) <= 3:
-            print(f"\ndraw {k}: {dataset.where(row)}, {len(example.tokens)} tokens\n"
-                  + processor.tokenizer.decode([t for t in example.tokens if t != processor.image_pad],
-                                               skip_special_tokens=False))
-    table = [f"{'dataset':<16}{'rows':>12}{'rate':>8}{'drawn':>8}"]
-    table += [f'{d.name:<16}{len(d):>12,}{rate:>8.3f}{rows[d.name]:>8}' for d, rate in zip(datasets, mixture.rates)]
-    table += ['', f"{'task':<16}{'loss tokens':>12}{'share of loss weight':>22}"]
-    table += [f'{t:<16}{n:>12,}{weights[t] / sum(weights.values()):>22.1%}' for t, n in tokens.most_common()]
-    if lengths:
-        table += ['', f'tokens a row: mean {np.mean(lengths):.0f}, median {np.median(lengths):.0f}, '
-                      f'most {max(lengths)} of seq_len {processor.seq_len}']
-    table += [f'skipped {reason}: {n}' for reason, n in skipped.items()]
-    print('\n' + '\n'.join(table))
+        if len(examples) <= number:
+            page.append(example_html(example, dataset, draw, processor))
+        if len(examples) <= 3:
+            told = [t for t in example.tokens if t not in (processor.image_pad, processor.video_pad)]
+            print(f'\ndraw {draw[0]}: {dataset.where(draw[2])}, {len(example.tokens)} tokens\n'
+                  + processor.tokenizer.decode(told, skip_special_tokens=False))
+    lengths = [len(e.tokens) for e in examples] or [0]
+    if settings['packing'] and examples:
+        rows = int(rows * processor.seq_len / np.mean(lengths))
+    lines = table(rows) + ['', f"{'task':<16}{'loss tokens':>12}{'share of loss weight':>22}"]
+    lines += [f'{t:<16}{n:>12,}{weights[t] / sum(weights.values()):>22.1%}' for t, n in loss.most_common()]
+    lines += ['', f'tokens an example: mean {np.mean(lengths):.0f}, median {np.median(lengths):.0f}, '
+                  f'most {max(lengths)} of seq_len {processor.seq_len}']
+    lines += [f'skipped {reason}: {n}' for reason, n in skipped.items()]
+    print('\n' + '\n'.join(lines))
+    head = [f"<!doctype html><meta charset='utf-8'><title>{html.escape(settings['out_dir'])}</title>{STYLE}",
+            '<pre>' + html.escape('\n'.join(lines)) + '</pre>',
+            '<p>Blue: visual tokens. Green: tokens with a loss, darker with its weight. One line a conversation: each '
+            'sees the first line and itself. Hover for ids and weights.</p>']
+    if settings['packing'] and examples:
+        row = [examples[i] for i in best_fit(lengths[:Loader.POOL], processor.seq_len)]
+        picture = mask_picture(row, processor.seq_len, config.visual_token_ids)
+        head.append(f'<p>{len(row)} examples packed into a row, {sum(len(e.tokens) for e in row)} of '
+                    f'{processor.seq_len} tokens, and which token (down) sees which (across): a colour a document, '
+                    f'strong where it answers.</p><img style="max-width:none" src="{data_url(picture)}">')
     out = Path(settings['out_dir'])
     out.mkdir(parents=True, exist_ok=True)
-    page.insert(2, '<pre>' + html.escape('\n'.join(table)) + '</pre>')
-    (out / 'inspect.html').write_text('\n'.join(page), encoding='utf-8')
+    (out / 'inspect.html').write_text('\n'.join(head + page), encoding='utf-8')
     print(f'\nwrote {out}/inspect.html')
 
 
-if __name__ == '__main__':
+def example_html(example, dataset, draw, processor):
+    """What the model gets of one row: its pictures or frames with the points on them, and its tokens."""
+    record = dataset[draw[2]]
+    page = [f'<h2>draw {draw[0]}: {html.escape(dataset.where(draw[2]))}, {len(example.tokens)} tokens, '
+            f'{len(record["conversations"])} conversations</h2>']
+    points = [p for c in record['conversations'] for m in c['messages']
+              for p in (m.get('points') or {}).get('points', ())]
+    scale = max(1, (128 if example.times else 256) // processor.image_size)
+    for i, patches in enumerate(example.patches if example.patches is not None else ()):
+        here = points_at(points, example.times[i]) if example.times else [p for p in points if p.get('image', 0) == i]
+        page.append(f'<img src="{data_url(as_model_sees(patches, example.grid, here, scale))}">')
+    return '\n'.join(page + [tokens_html(example, processor)])
+
+
+def suspicions(record, example):
+    """Yields what can be used but was perhaps not meant, one line each."""
+    left_out = len(record['conversations']) - max(example.branches)
+    if left_out:
+        yield 'left out', f'{left_out} of {len(record["conversations"])} conversations do not fit'
+    if repeated := [path for path, n in Counter(record['images']).items() if n > 1]:
+        yield 'repeated picture', repeated[0]
+    for message in (m for c in record['conversations'] for m in c['messages']):
+        points = (message.get('points') or {}).get('points', [])
+        if message['role'] == 'assistant' and not message['content'] and message.get('points') is None:
+            yield 'empty answer', 'an assistant turn without content or points'
+        if mark := re.search(r'<(image|video)>', message['content']):
+            yield 'mark in the text', f'{mark[0]} inside a message stays text'
+        if any(not 0 <= p[k] <= 1 for p in points for k in 'xy'):
+            yield 'point outside', 'a point beyond the border is moved to it'
+        if len({(p['x'], p['y'], p.get('t'), p.get('image')) for p in points}) < len(points):
+            yield 'repeated point', 'two points at one place'
+        if late := [p['t'] for p in points if 't' in p and example.times and p['t'] > example.times[-1] + .5]:
+            yield 'late point', f'a point at {late[0]} s in a clip of {example.times[-1]:.1f} s'
+
+
+def check(path, settings):
+    """Reads every row of a dataset as training would and says what is wrong or odd: counts, and the first few."""
+    from tqdm import tqdm
+    processor, path = make_processor(settings)[0], Path(path)
+    splits = [path.stem] if path.suffix == '.jsonl' else [p.stem for p in sorted(path.glob('*.jsonl'))]
+    if not splits:
+        raise UserError(f'{path} holds no .jsonl file')
+    for split in splits:
+        dataset = Dataset(path.parent if path.suffix == '.jsonl' else path, split)
+        odd, tasks, lengths, answers = Counter(), Counter(), [], []
+
+        def tell(row, kind, what):
+            odd[kind] += 1
+            if odd[kind] <= 5:
+                tqdm.write(f'{dataset.where(row)}: {kind}: {what}')
+        for row in tqdm(range(dataset.rows), unit='row', desc=split, disable=None):
+            try:
+                record = dataset[row]
+                tasks.update(c.get('task', 'other') for c in record['conversations'])
+                example = processor.example(record, dataset.folder)
+            except BadRow as e:
+                tell(row, e.reason, e)
+                continue
+            lengths.append(len(example.tokens))
+            answers.append(max(Counter(b for b, w in zip(example.branches, example.weights) if w).values()))
+            if answers[-1] > processor.seq_len // 2:
+                tell(row, 'long answer', f'{answers[-1]} tokens')
+            for kind, what in suspicions(record, example):
+                tell(row, kind, what)
+        print(f'{dataset.path}: {dataset.rows:,} rows, {len(lengths):,} usable; conversations: '
+              + (', '.join(f'{t} {n:,}' for t, n in tasks.most_common()) or 'none'))
+        for name, n in (('row', lengths), ('longest answer of a row', answers)):
+            if n:
+                print(f'  tokens a {name}: median {np.median(n):.0f}, 99% {np.quantile(n, .99):.0f}, most {max(n)}'
+                      f' (seq_len {processor.seq_len})')
+        for kind, n in odd.most_common():
+            print(f'  {kind}: {n:,}')
+
+
+def main():
     from configurator import configure, train_settings
+    paths = [arg.partition('=')[2] for arg in sys.argv[1:] if arg.startswith('--check=')]
+    settings = configure(train_settings(), [arg for arg in sys.argv[1:] if not arg.startswith('--check=')])
+    if paths:
+        check(paths[0], settings)
+    else:
+        inspect(settings)
+
+
+if __name__ == '__main__':
     try:
-        inspect(configure(train_settings()))
+        main()
     except UserError as e:
         sys.exit(f'error: {e}')

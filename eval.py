@@ -6,10 +6,11 @@
 Prints a line per dataset, task and metric with its 95% interval. Beside the checkpoint, in eval/: metrics.json,
 predictions.jsonl (a line per question) and report.html (the worst answers first, over their pictures).
 
-pointing     an object is hit when a point lies inside its polygon, one point to one object (largest matching). hit rate =
-             objects hit / objects asked for (recall), precision = points that hit / points given, F1 of both. Without
-             polygons, within `radius` of the object's point. `none there`: asked for what is not in the picture, and the
-             answer has no point.
+pointing     an object is hit when a point lies inside its polygon, one point to one object (largest matching). hit
+             rate = objects hit / objects asked for (recall), precision = points that hit / points given, F1 of both.
+             Without polygons, within `radius` of the object's point. In a video, where the object is at that second.
+             `none there`: asked for what is not in the picture, and the answer has no point.
+tracking     of the places asked for (an object at a time), how many have the point of that id and time inside it
 counting     the number is right
 captioning   F1 of the objects named (colour and kind together) against `objects` of the record, as multisets
 the rest     the answer equals one of `answers`, or the reference, after lower-casing and dropping punctuation
@@ -43,8 +44,8 @@ if __name__ == '__main__':
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from data import (STYLE, BadRow, Dataset, collate, data_url, draw_points, enlarge, load_checkpoint,  # noqa: E402
-                  load_image, open_media, parse_points)
+from data import STYLE, Dataset, collate, load_checkpoint, parse_points  # noqa: E402
+from media import BadRow, data_url, draw_points, enlarge, load_image, load_video, open_media, points_at  # noqa: E402
 from model import UserError, pick_device  # noqa: E402
 
 
@@ -60,15 +61,21 @@ def inside(x, y, polygon):
     return crossings % 2 == 1
 
 
+def hits(p, o, radius=0.05):
+    """Does the point lie in the object: in its polygon, or within `radius` of it; in a video at the same time, give or
+    take a quarter of a second. Where a video's object moves, `moments` holds it at every time."""
+    if o.get('moments'):
+        return any(hits(p, moment, radius) for moment in o['moments'])
+    if p.get('image', 0) != o.get('image', 0) or abs(p.get('t', 0) - o.get('t', 0)) > .25:
+        return False
+    if o.get('polygon'):
+        return inside(p['x'], p['y'], o['polygon'])
+    return (p['x'] - o['x']) ** 2 + (p['y'] - o['y']) ** 2 <= radius ** 2
+
+
 def match(points, objects, radius=0.05):
-    """Size of the largest one-to-one matching of points to the objects that they lie in (augmenting paths, Kuhn 1955)."""
-    def hits(p, o):
-        if p.get('image', 0) != o.get('image', 0):
-            return False
-        if o.get('polygon'):
-            return inside(p['x'], p['y'], o['polygon'])
-        return (p['x'] - o['x']) ** 2 + (p['y'] - o['y']) ** 2 <= radius ** 2
-    edges = [[j for j, o in enumerate(objects) if hits(p, o)] for p in points]
+    """Size of the largest one-to-one matching of points to the objects they lie in (augmenting paths, Kuhn 1955)."""
+    edges = [[j for j, o in enumerate(objects) if hits(p, o, radius)] for p in points]
     owner = {}
 
     def place(i, tried):
@@ -89,6 +96,16 @@ def score_points(text, objects):
     n = match(points, objects, radius)
     return {'hit rate': (n, len(objects)), 'precision': (n, len(points)), 'F1': (2 * n, len(objects) + len(points)),
             'all right': (n == len(objects) == len(points), 1)}
+
+
+def score_tracks(text, places):
+    """places: where each object is at each time asked for, {t, x, y, id, polygon}."""
+    points = parse_points(text)
+    if not places:
+        return {'none there': (not points, 1)}
+    pairs = [(i, j) for i, p in enumerate(points) for j, place in enumerate(places)
+             if p['id'] == place['id'] and hits(p, place, radius)]
+    return {'inside': (len({j for _, j in pairs}), len(places)), 'precision': (len({i for i, _ in pairs}), len(points))}
 
 
 def plain(text):
@@ -112,6 +129,8 @@ def score(item, text, vocabulary=()):
     """Scores of an answer to an item of `questions`."""
     if item['task'] == 'pointing':
         return score_points(text, item['points'])
+    if item['task'] == 'tracking':
+        return score_tracks(text, item['points'])
     if item['task'] == 'captioning' and item['objects'] is not None:
         return score_caption(text, item['objects'], vocabulary)
     if item['task'] == 'counting':
@@ -166,21 +185,23 @@ def questions(dataset, record, where):
         last = max(i for i, m in enumerate(messages) if m['role'] == 'assistant')
         reference = messages[last]
         yield {'dataset': dataset, 'record': where, 'conversation': n, 'task': conversation.get('task', 'other'),
-               'images': record['images'], 'messages': messages[:last], 'reference': reference['content'],
+               'images': record['images'], 'video': record['video'], 'messages': messages[:last],
+               'reference': reference['content'],
                'answers': conversation.get('answers') or [reference['content']],
                'objects': conversation.get('objects'), 'points': (reference.get('points') or {}).get('points', [])}
 
 
-def answer_all(model, processor, items, images, bar=None):
-    """The model's answers, as texts, in the order of `items`; images: record -> its pictures. Greedy."""
-    examples = [processor.prompt(images[item['record']], item['messages']) for item in items]
+def answer_all(model, processor, items, media, bar=None):
+    """The model's answers, as texts, in the order of `items`; media: record -> what it shows. Greedy."""
+    examples = [processor.prompt(item['messages'], **media[item['record']]) for item in items]
     texts = [''] * len(items)
     # answers of one task end at about the same time, prompts of one length need no padding
-    order = sorted(range(len(items)), key=lambda i: (items[i]['task'], len(items[i]['reference']), len(examples[i].tokens)))
+    order = sorted(range(len(items)), key=lambda i: (items[i]['task'], len(items[i]['reference']),
+                                                     len(examples[i].tokens)))
     where = model.pixel_scale.device
     for start in range(0, len(order), batch_size):
         chosen = order[start:start + batch_size]
-        batch = collate([examples[i] for i in chosen], processor, left=True)
+        batch = collate([[examples[i]] for i in chosen], processor, left=True)
         batch = {k: v.to(where) if torch.is_tensor(v) else v for k, v in batch.items()}
         tokens = torch.stack(list(model.generate(batch, max_new_tokens)), 1).tolist()
         for i, row in zip(chosen, tokens):
@@ -208,16 +229,16 @@ def evaluate(model, processor, datasets, number=0):
         vocabulary, pending = set(), []
         with tqdm(total=size, unit='record', desc=dataset.name, disable=None) as bar:
             for start in range(0, size, 128):          # enough questions to sort, few enough pictures to hold
-                items, images = [], {}
+                items, media = [], {}
                 for i in range(start, min(start + 128, size)):
                     try:
                         record = dataset[i]
-                        images[i] = [load_image(open_media(dataset.folder, path)) for path in record['images']]
+                        media[i] = processor.media(record, dataset.folder, processor.seq_len - max_new_tokens)
                         items += questions(dataset.name, record, i)
                     except BadRow as e:
                         skipped[f'{dataset.name}: {e.reason}'] += 1
                         tqdm.write(f'skipped {dataset.where(i)}: {e}', file=sys.stderr)
-                pending += zip(items, answer_all(model, processor, items, images))
+                pending += zip(items, answer_all(model, processor, items, media))
                 bar.update(min(128, size - start))
         for item, _ in pending:
             vocabulary.update(' '.join(o) for o in item['objects'] or ())
@@ -236,11 +257,26 @@ def goodness(row):
 
 
 def table(summary):
-    lines = [f"{'dataset':<14}{'task':<12}{'metric':<12}{'score':>7}   {'95% interval':<15}{'answers':>8}{'records':>9}"]
+    head = f"{'dataset':<14}{'task':<12}{'metric':<12}{'score':>7}   {'95% interval':<15}{'answers':>8}{'records':>9}"
+    lines = [head]
     for s in summary:
         lines.append(f"{s['dataset']:<14}{s['task']:<12}{s['metric']:<12}{s['score']:>7.1%}   "
                      f"{s['low']:.1%} - {s['high']:.1%}".ljust(63) + f"{s['answers']:>8,}{s['records']:>9,}")
     return '\n'.join(lines)
+
+
+def drawn(row, folder):
+    """The pictures of an answer, or some frames, with the points wanted and given."""
+    given, wanted = parse_points(row['prediction']), row['points']
+    if row['video']:
+        times, images = load_video(open_media(folder, row['video']), 12)
+        at = [[points_at([p for p in points if 't' in p], t) for points in (wanted, given)] for t in times]
+    else:
+        images = [load_image(open_media(folder, path)) for path in row['images']]
+        at = [[[p for p in points if p.get('image', 0) == n] for points in (wanted, given)] for n in range(len(images))]
+    for image, (green, magenta) in zip(images, at):
+        image.thumbnail((384, 384) if not row['video'] else (192, 192))
+        yield draw_points(draw_points(enlarge(image, 192 if row['video'] else 384), green, 'green'), magenta)
 
 
 def report(rows, summary, datasets, title):
@@ -248,16 +284,12 @@ def report(rows, summary, datasets, title):
     folders = {d.name: d.folder for d in datasets}
     page = [f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title>{STYLE}',
             f'<h1>{html.escape(title)}</h1><pre>{html.escape(table(summary))}</pre>',
-            f'<p>The {min(page_rows, len(rows))} worst of {len(rows):,} answers. Magenta: points given; green: wanted.</p>']
+            f'<p>The {min(page_rows, len(rows))} worst of {len(rows):,} answers. Magenta: points given; green: '
+            f'wanted.</p>']
     for row in sorted(rows, key=goodness)[:page_rows]:
         page.append(f"<h2>{html.escape(row['dataset'])} record {row['record']}, {html.escape(row['task'])}: "
                     f"{goodness(row):.0%}</h2>")
-        given = parse_points(row['prediction'])
-        for n, path in enumerate(row['images']):
-            image = load_image(open_media(folders[row['dataset']], path))
-            image.thumbnail((384, 384))
-            image = draw_points(enlarge(image), [p for p in row['points'] if p.get('image', 0) == n], 'green')
-            page.append(f"<img src='{data_url(draw_points(image, [p for p in given if p.get('image', 0) == n]))}'>")
+        page += [f"<img src='{data_url(image)}'>" for image in drawn(row, folders[row['dataset']])]
         wanted = f"{len(row['points'])} points" if row['points'] else row['reference'] or 'no points'
         talk = [f"{m['role']}: {m['content']}" for m in row['messages']]
         talk += [f"answer: {row['prediction']}", f'wanted: {wanted}']

@@ -48,7 +48,7 @@ def pick_device(name='auto'):
 
 
 def pick_dtype(name, device):
-    """'auto': bfloat16 where the hardware multiplies it, CUDA from Ampere on and CPUs with AVX512-BF16, else float32."""
+    """'auto': bfloat16 where the hardware multiplies it (CUDA from Ampere on, CPUs with AVX512-BF16), else float32."""
     if name != 'auto':
         return getattr(torch, name)
     fast_cpu = device.type == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
@@ -364,7 +364,7 @@ class VisionEmbeddings(nn.Module):
 
 
 def sincos_positions(grid, width):
-    """[grid x grid, width]: sines and cosines of the row in one half, of the column in the other (MAE, He et al. 2022)."""
+    """[grid x grid, width]: sines and cosines of the row in one half, the column in the other (MAE, He et al. 2022)."""
     frequency = 100 ** -(torch.arange(width // 4) / (width // 4))
     angle = torch.arange(grid)[:, None] * frequency                                              # [grid, width / 4]
     one = torch.cat([angle.sin(), angle.cos()], 1)                                               # [grid, width / 2]
@@ -431,7 +431,7 @@ class SwiGLU(nn.Module):
 
 
 class Connector(nn.Module):
-    """features [N, P, C], pool_index [T, W] into the flattened N x P axis (-1: nothing there) -> [T, width]."""
+    """features [patches, C] of all crops, pool_index [T, W] into them (-1: nothing there) -> [T, width]."""
 
     def __init__(self, config):
         super().__init__()
@@ -447,7 +447,7 @@ class Connector(nn.Module):
 
     def forward(self, features, pool_index):
         valid = pool_index >= 0
-        x = features.flatten(0, 1).index_select(0, pool_index.clamp(min=0).flatten())
+        x = features.index_select(0, pool_index.clamp(min=0).flatten())
         x = x.unflatten(0, pool_index.shape) * valid[..., None]                                  # [T, W, C]
         if self.kind == 'molmo2':
             return self.image_projector(self.image_pooling_2d(x, valid))
@@ -460,7 +460,7 @@ class Connector(nn.Module):
 # Language: Qwen3 (technical report, arXiv 2505.09388; tensor for tensor as in transformers' qwen3)
 
 class RMSNormCPU(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) x weight and its gradient. torch has no CPU kernel and takes twice the passes over x."""
+    """x / sqrt(mean(x^2) + eps) x weight and its gradient. torch has no CPU kernel and passes twice as often over x."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -516,7 +516,7 @@ class KVCache:
         self.length = 0
 
     def extend(self, layer, key, value):
-        """Adds this call's keys and values [B, kv heads, L, D]; returns all so far. `length` moves after the last layer."""
+        """Adds this call's keys and values [B, kv heads, L, D]; returns all so far. The last layer moves `length`."""
         end = self.length + key.shape[2]
         self.keys[layer, :, :, self.length:end] = key
         self.values[layer, :, :, self.length:end] = value
@@ -560,9 +560,9 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """x [B, L, width] of embeddings -> hidden states after the final norm: of all, or of `rows` (flat places) [N, width].
+    """x [B, L, width] of embeddings -> hidden states after the final norm, of all or of flat places `rows` [N, width].
 
-    With `rows` the last block drops the other tokens once they have been attended to: nobody reads what becomes of them.
+    With `rows` the last block drops the other tokens once they have been attended to: nobody reads what they become.
     `recompute` = n > 0 keeps only the inputs of every n-th block for the backward pass and computes the rest again.
     """
 
@@ -638,7 +638,9 @@ class VLM(nn.Module):
 
     tokens, targets, loss_weights, position_ids, document_ids, branch_ids [B, L]
     patches [num_crops, num_patches, patch_dim] uint8      grid (rows, columns) of patches in a crop
-    pool_index [num_visual_tokens, window]                 patches of each visual token, -1 for none
+    frames, frame_grid                                     likewise, of crops of another size: frames of videos
+    pool_index [num_visual_tokens, window]                 patches of each visual token, -1 for none; first those of all
+                                                           patches are counted, then those of all frames
     visual_index [num_visual_tokens]                       its place in the flattened B x L tokens
     loss_index [num_loss_tokens]                           flat places with a loss weight
     causal bool                                            no branches and one document a row: the mask is plain
@@ -691,22 +693,27 @@ class VLM(nn.Module):
     def parts(self):
         """name -> parameters, in the three parts that have a learning rate of their own. The tied table is language."""
         head = [] if self.lm_head is None else list(self.lm_head.parameters())
-        return {'vision': list(self.vision_tower.parameters()), 'connector': list(self.multi_modal_projector.parameters()),
+        return {'vision': list(self.vision_tower.parameters()),
+                'connector': list(self.multi_modal_projector.parameters()),
                 'language': list(self.language_model.parameters()) + head}
 
-    def see(self, patches, pool_index, grid):
-        """uint8 patches -> visual tokens [num_visual_tokens, width]."""
-        pixels = patches.to(self.pixel_scale.dtype) * self.pixel_scale + self.pixel_shift
+    def see(self, batch):
+        """uint8 patches and frames -> visual tokens [num_visual_tokens, width]."""
         trained = self.vision_tower.embeddings.patch_embedding.weight.requires_grad
+        features = []
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            features = self.vision_tower(pixels, tuple(grid))
-        return self.multi_modal_projector(features, pool_index)
+            for crops, grid in (('patches', 'grid'), ('frames', 'frame_grid')):
+                if crops in batch:
+                    pixels = batch[crops].to(self.pixel_scale.dtype) * self.pixel_scale + self.pixel_shift
+                    features.append(self.vision_tower(pixels, tuple(batch[grid])).flatten(0, 1))  # [crops x P, C]
+        features = features[0] if len(features) == 1 else torch.cat(features)
+        return self.multi_modal_projector(features, batch['pool_index'])
 
     def embed(self, batch):
         """Token embeddings [B, L, width] with the visual tokens in their places."""
         x = self.language_model.embed_tokens(batch['tokens'])
-        if batch.get('patches') is not None and len(batch['patches']):
-            seen = self.see(batch['patches'], batch['pool_index'], batch['grid']).to(x.dtype)
+        if 'pool_index' in batch:
+            seen = self.see(batch).to(x.dtype)
             flat, where = x.flatten(0, 1), batch['visual_index']
             flat = flat.index_add(0, where, seen) if self.config.recipe == 'molmo2' else flat.index_copy(0, where, seen)
             x = flat.view_as(x)
@@ -736,8 +743,8 @@ class VLM(nn.Module):
     def forward(self, batch):
         """The training loss: (sum of loss_weights x cross entropy, cross entropy of each of loss_index [N])."""
         where = batch['loss_index']
-        return WeightedCrossEntropy.apply(self.hidden(batch, where), self.output_weight(), batch['targets'].flatten()[where],
-                                          batch['loss_weights'].flatten()[where], self.chunk)
+        targets, weights = (batch[k].flatten()[where] for k in ('targets', 'loss_weights'))
+        return WeightedCrossEntropy.apply(self.hidden(batch, where), self.output_weight(), targets, weights, self.chunk)
 
     @torch.inference_mode()
     def generate(self, batch, max_new_tokens, temperature=0., top_k=0, top_p=1., seed=0):
@@ -1096,6 +1103,12 @@ def save_model(model, folder):
               metadata={'format': 'pt'})
 
 
+def newest(path):
+    """A checkpoint folder itself, or of a run's folder the checkpoint that its `latest` names."""
+    latest = Path(path) / 'latest'
+    return Path(path) / latest.read_text().strip() if latest.is_file() else Path(path)
+
+
 def load_model(folder):
     """The VLM of a checkpoint folder: ours, llava, llava_next_video or molmo2. float32, on the CPU."""
     path = Path(folder) / 'config.json'
@@ -1111,7 +1124,7 @@ def load_model(folder):
 # What it costs
 
 def saved_bytes(module, *inputs):
-    """Bytes that autograd keeps for the backward pass of `module`, its own weights not counted (meta device will do)."""
+    """Bytes that autograd keeps for the backward pass of `module`, its own weights not counted (on the meta device)."""
     own, kept = {p.untyped_storage()._cdata for p in module.parameters()}, {}
 
     def pack(t):
@@ -1144,7 +1157,8 @@ def memory_estimate(model, rows, seq_len, recompute=0, amp=torch.bfloat16):
         out['activations'] = int(tokens * (per_token * (layers - again + bool(n)) + thin * again))
         if model.vision_tower.embeddings.patch_embedding.weight.requires_grad:
             patches = (c.vision.image_size // c.vision.patch_size) ** 2
-            block, x = VisionBlock(c.vision).to(amp), torch.zeros(1, L, c.vision.hidden_size, dtype=amp, requires_grad=True)
+            block = VisionBlock(c.vision).to(amp)
+            x = torch.zeros(1, L, c.vision.hidden_size, dtype=amp, requires_grad=True)
             out['activations'] += int(rows * patches * c.vision.num_layers * saved_bytes(block, x) / L)
     out['logits'] = min(model.chunk, tokens) * c.language.vocab_size * (4 + size) + 4 * model.output_weight().numel()
     out['total'] = sum(out.values())
@@ -1157,7 +1171,8 @@ def main():
     given = configure(settings)
     names = ('recipe', 'vision', 'language', 'connector', 'pooling')
     with torch.device('meta'):
-        model = VLM(from_hf(read_json(Path(given['init_from']) / 'config.json')) if given['init_from'] else
+        start = given['init_from'] and newest(given['init_from'])
+        model = VLM(from_hf(read_json(start / 'config.json')) if start and start.is_dir() else
                     make_config(**{k: given[k] for k in names}))
     print(f"{'part':<12}{'parameters':>16}{'share':>8}")
     total = sum(p.numel() for p in model.parameters())

@@ -2,16 +2,23 @@
 
     python sample.py --checkpoint=out/demo_stage1 --image=photo.jpg --prompt="Point to every red circle."
     python sample.py --checkpoint=out/demo_stage1 --image=a.png,b.png --prompt="What differs?"    several pictures
+    python sample.py --checkpoint=out/demo_stage2 --video=clip.mp4 --prompt="Track the red circle."
     python sample.py --checkpoint=out/demo_stage1 --prompt="Who are you?"                        text alone
 
 The checkpoint is a step folder, a run's out_dir (its latest step), or a llava folder of others with a Qwen3 decoder.
-Points are drawn on a copy of the picture, enlarged if it is small, photo.points.png, in out_dir.
+Points are drawn on a copy of the picture, enlarged if it is small, photo.points.png, in out_dir; of a video on every
+frame, between two times of a track on the line between its places, clip.points.mp4.
 """
 import sys
 from pathlib import Path
 
 checkpoint = ''
 image = ''                     # files, with commas between
+video = ''                     # a file, instead
+start = 0.0                    # seconds of the video
+end = 0.0                      # 0: its end
+subtitles = ''                 # an .srt or .vtt beside the video
+max_frames = 0                 # 0: as many as the checkpoint was trained on
 prompt = ''
 system = ''                    # a system message before it
 max_new_tokens = 512
@@ -30,7 +37,8 @@ if __name__ == '__main__':
 
 import torch  # noqa: E402
 
-from data import BadRow, collate, draw_points, enlarge, load_checkpoint, load_image, parse_points  # noqa: E402
+from data import collate, load_checkpoint, parse_points  # noqa: E402
+from media import BadRow, draw_on_video, draw_points, enlarge, load_image  # noqa: E402
 from model import UserError, pick_device  # noqa: E402
 
 
@@ -47,27 +55,42 @@ def stream(model, processor, batch, **how):
             shown = len(text)
 
 
-def load_images(names):
-    images = []
-    for name in filter(None, names.split(',')):
-        try:
-            images.append(load_image(name))
-        except BadRow as e:
-            raise UserError(str(e) if name in str(e) else f"{name}: {e}") from None
-    return images
+def open_file(name):
+    try:
+        return open(name, 'rb')
+    except OSError as e:
+        raise UserError(f'{name}: {e.strerror}') from None
+
+
+def load_media(processor):
+    """What `image` or `video` show, as the processor takes it."""
+    processor.max_frames = max_frames or processor.max_frames
+    try:
+        if name := video:
+            record = {'video': Path(video).name, 'start': start, 'end': end or None, 'subtitles': subtitles}
+            return processor.media(record, Path(video).parent)
+        images = []
+        for name in filter(None, image.split(',')):
+            images.append(load_image(open_file(name)))
+        return {'images': images}
+    except BadRow as e:
+        raise UserError(f'{name}: {e}') from None
 
 
 def main():
-    if not checkpoint or not prompt:
-        raise UserError('give --checkpoint=out/demo_stage1 and --prompt="..." (and --image=photo.jpg)')
+    if not checkpoint or not prompt or image and video:
+        raise UserError('give --checkpoint=out/demo_stage1 and --prompt="..." (and --image=a.jpg or --video=clip.mp4)')
     if threads:
         torch.set_num_threads(threads)
-    images = load_images(image)
+    for name in filter(None, [video, *image.split(',')]):
+        open_file(name).close()              # before the weights: a wrong name is answered at once
     model, processor, _ = load_checkpoint(checkpoint)
+    media = load_media(processor)
     where = pick_device(device)
     model.to(where, getattr(torch, dtype)).eval()
     messages = [{'role': 'system', 'content': system}] if system else []
-    batch = collate([processor.prompt(images, messages + [{'role': 'user', 'content': prompt}])], processor, left=True)
+    messages += [{'role': 'user', 'content': prompt}]
+    batch = collate([[processor.prompt(messages, **media)]], processor, left=True)
     batch = {k: v.to(where) if torch.is_tensor(v) else v for k, v in batch.items()}
     answer = ''
     for piece in stream(model, processor, batch, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
@@ -76,16 +99,30 @@ def main():
         answer += piece
     print()
     points = parse_points(answer)
-    for n, (name, picture) in enumerate(zip(image.split(','), images)):
+    if video:
+        show_track(points)
+    for n, (name, picture) in enumerate(zip(image.split(','), media.get('images', ()))):
         here = [p for p in points if p.get('image', 0) == n]
         for p in here:
             print(f"{Path(name).name}: {p['id']} at ({p['x']:.3f}, {p['y']:.3f}), "
                   f"pixel ({p['x'] * picture.width:.0f}, {p['y'] * picture.height:.0f})")
         if here:
-            Path(out_dir).mkdir(parents=True, exist_ok=True)
-            path = Path(out_dir) / f'{Path(name).stem}.points.png'
-            draw_points(enlarge(picture), here).save(path)
+            draw_points(enlarge(picture), here).save(path := output(name, 'png'))
             print(f'wrote {path}')
+
+
+def output(name, kind):
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    return Path(out_dir) / f'{Path(name).stem}.points.{kind}'
+
+
+def show_track(points):
+    points = [p for p in points if 't' in p]
+    for p in points:
+        print(f"{Path(video).name}: {p['id']} at {p['t']:.1f} s ({p['x']:.3f}, {p['y']:.3f})")
+    if points:
+        draw_on_video(open_file(video), points, path := output(video, 'mp4'), start, end or None)
+        print(f'wrote {path}')
 
 
 if __name__ == '__main__':

@@ -36,14 +36,18 @@ train_connector = True
 train_language = True
 # -- data
 data_dir = 'data'
-mixture = {}                   # folder under data_dir -> rate; rates are divided by their sum
+mixture = {}                   # folder under data_dir -> rate, or groups with sqrt inside (data.py, mixture_rates)
 image_size = 336               # pixels a side after resizing
+video_size = 224               # likewise of a frame
+video_pooling = 4              # patches a side that one visual token of a frame pools
+max_frames = 128               # of a clip, spread evenly when fps a second were more
+fps = 2.0
 seq_len = 4096                 # tokens a row at most
 batch_size = 32                # rows a micro-batch
 accumulation = 1               # micro-batches a step
 num_workers = 2                # processes that decode and tokenise; 0 does it between the steps
-packing = False                # a micro-batch's examples one after the other in one row: no padding
-static_shapes = False          # pad every row to seq_len (packed: to batch_size x seq_len), as torch.compile likes it
+packing = False                # fill rows of exactly seq_len with several examples; else a row is one example
+static_shapes = False          # pad every row to seq_len, as torch.compile likes it
 point_format = 'point'         # point | molmo2 (data.py, format_points)
 point_digits = 3               # decimals of a coordinate in the point format
 task_weights = {'captioning': 1.0, 'qa': 1.0, 'counting': 1.5, 'pointing': 2.0, 'tracking': 2.0}
@@ -90,9 +94,10 @@ if __name__ == '__main__':
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from data import TASKS, Dataset, Loader, Mixture, Processor  # noqa: E402
+from data import (TASKS, Dataset, Loader, Mixture, Processor, mixture_sets, mixture_table, open_mixture,  # noqa: E402
+                  processor_settings)
 from model import (UserError, VLM, from_hf, layout, load_model, load_weights, make_config,  # noqa: E402
-                   memory_estimate, pick_device, pick_dtype, read_json, save_model)
+                   memory_estimate, newest, pick_device, pick_dtype, read_json, save_model)
 
 
 def cosine(x):
@@ -113,7 +118,8 @@ def get_lr_scale(step):
 
 def keep_freed_memory():
     """glibc hands large blocks back to the system as soon as they are free, and every step gets them anew, a page fault
-    per 4 KiB: a third of a step on a CPU. This tells malloc to keep them (mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD)."""
+    per 4 KiB: a third of a step on a CPU. This tells malloc to keep them (mallopt(3), M_MMAP_THRESHOLD and
+    M_TRIM_THRESHOLD)."""
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
     if mallopt:
         mallopt(-3, 2 ** 30)
@@ -134,11 +140,13 @@ def new_model(**ids):
 
 def build(checkpoint):
     """The model with its first weights, and the processor: from a checkpoint of this run, from init_from, or new."""
-    ours = dict(image_size=image_size, pooling=pooling, point_format=point_format, point_digits=point_digits,
-                seq_len=seq_len, task_weights=task_weights, length_weighting=length_weighting)
-    if source := checkpoint or init_from:
+    ours = processor_settings(settings)
+    if source := checkpoint or init_from and newest(init_from):
         model = load_model(source)
-        processor = Processor.load(source, model.config, **ours)
+        processor, before = (Processor.load(source, model.config, **given) for given in (ours, {}))
+        for name in ('image_size', 'pooling', 'video_size', 'video_pooling', 'point_format', 'point_digits'):
+            if getattr(before, name) != getattr(processor, name):
+                print(f'note: {name} is {getattr(before, name)!r} in {source} and {getattr(processor, name)!r} now')
     else:
         if not (folder := tokenizer or language_weights):
             raise UserError("tokenizer, language_weights or init_from must name a folder with tokenizer.json")
@@ -214,9 +222,8 @@ def flops(model, micro):
     times = 3 if train_language else 2
     total = 2 * times * matmul * micro['n_tokens'] + 12 * t.num_layers * t.num_heads * t.head_dim * micro['n_pairs']
     total += 2 * times * model.output_weight().numel() * len(micro['loss_index'])
-    if 'patches' in micro:
-        crops, patches, _ = micro['patches'].shape
-        tower = sum(p.numel() for n, p in model.vision_tower.named_parameters() if p.ndim == 2 and 'position' not in n)
+    tower = sum(p.numel() for n, p in model.vision_tower.named_parameters() if p.ndim == 2 and 'position' not in n)
+    for crops, patches, _ in (micro[k].shape for k in ('patches', 'frames') if k in micro):
         pairs = 4 * v.num_layers * v.hidden_size * patches ** 2 * crops
         total += (3 if train_vision else 1) * (2 * tower * crops * patches + pairs)
     return total
@@ -340,35 +347,30 @@ def plan(dev, amp, checkpoint):
     """--dry_run: the resolved settings, the plan, and what is missing for it; neither weights nor data are needed."""
     print('\n'.join(f'{k} = {v!r}' for k, v in settings.items()) + '\n')
     with torch.device('meta'):
-        source = checkpoint or init_from
-        model = VLM(from_hf(read_json(Path(source) / 'config.json'))) if source else new_model()
-    datasets, missing = [], []
-    for name in mixture:
-        try:
-            datasets.append(Dataset(Path(data_dir) / name))
-        except UserError as e:
-            missing.append(str(e))
-    missing += [f'{folder} does not exist' for folder in (vision_weights, language_weights, tokenizer)
-                if folder and not Path(folder).is_dir()]
-    print_plan(set_trained(model), dev, amp, datasets, checkpoint)
-    print('\n'.join(f'missing: {m}' for m in missing) or 'nothing is missing')
+        source = checkpoint or init_from and newest(init_from)
+        model = VLM(from_hf(read_json(source / 'config.json'))) if source and source.is_dir() else new_model()
+    missing = [Path(data_dir) / name / 'train.jsonl' for name in mixture_sets(mixture)]
+    missing += [Path(folder) for folder in (init_from, vision_weights, language_weights, tokenizer) if folder]
+    print_plan(set_trained(model), dev, amp, checkpoint)
+    missing = [path for path in missing if not path.exists()]
+    print('\n'.join(f'missing: {path}' for path in missing) or 'nothing is missing')
 
 
-def print_plan(model, dev, amp, datasets, checkpoint):
+def print_plan(model, dev, amp, checkpoint):
     """What was decided, once, before the long silence."""
     print(f"{'part':<12}{'parameters':>14}")
     for part, parameters in model.parts().items():
         print(f"{part:<12}{sum(p.numel() for p in parameters):>14,}  "
               f"{'trained' if parameters[0].requires_grad else 'frozen'}")
-    rows, total_rate = batch_size * accumulation, sum(mixture.values())
-    for d in datasets:
-        rate = mixture[d.name] / total_rate
-        print(f"data {d.name}: {len(d):,} rows, rate {rate:.3f}, {max_steps * rows * rate / len(d):.2f} epochs")
+    rows = batch_size * accumulation
+    print('\n'.join(mixture_table(mixture, data_dir, max_steps * rows)))
+    if packing:
+        print('  (draws as if a row held one example; python data.py with this config counts how many it holds)')
     print(f"steps {max_steps:,} of {rows} rows = {batch_size} x {accumulation} micro-batches, at most "
           f"{rows * seq_len:,} tokens a step, {rows * max_steps:,} rows in all")
     memory = memory_estimate(model, batch_size, seq_len, recompute, amp)
     print('memory of full rows, estimated: ' + ', '.join(f'{k} {v / 1e9:.2f} GB' for k, v in memory.items()))
-    print(f"device {dev} with {torch.get_num_threads()} threads, {str(amp).removeprefix('torch.')}; rows with branches: "
+    print(f"device {dev} with {torch.get_num_threads()} threads, {str(amp)[6:]}; rows with branches: "
           + ('FlexAttention block mask' if dev.type == 'cuda' else
              'SDPA with a dense mask' if model.config.recipe == 'molmo2' else 'attention by segments'))
     native = layout(model.config)
@@ -428,14 +430,12 @@ def main():
         keep_freed_memory()
     amp = pick_dtype(dtype, dev)
     autocast = torch.autocast(dev.type, amp) if amp != torch.float32 else nullcontext()
-    if not mixture:
-        raise UserError("mixture is empty: name datasets and rates, as config/demo_stage1.py does")
     checkpoint = find_checkpoint()
     if dry_run:
         return plan(dev, amp, checkpoint)
-    datasets = [Dataset(Path(data_dir) / name) for name in mixture]
+    train_mixture = open_mixture(mixture, data_dir, seed)
     model, processor = build(checkpoint)
-    print_plan(model, dev, amp, datasets, checkpoint)
+    print_plan(model, dev, amp, checkpoint)
     model.to(dev).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers = make_optimizers(model)
@@ -456,13 +456,21 @@ def main():
         skipped.flush()
 
     def make_loader(split, state=None):
-        sets = datasets if split == 'train' else [Dataset(d.folder, split) for d in datasets]
-        return Loader(Mixture(sets, list(mixture.values()), seed), processor, batch_size,
-                      num_workers if split == 'train' else 0, state,
-                      static_shapes * seq_len * (batch_size if packing else 1), max_bad_fraction,
-                      report if split == 'train' else None, packing)
+        chosen = train_mixture
+        if split == 'validation':            # at the same rates, of the datasets that have one
+            held = [(Dataset(d.folder, split), rate) for d, rate in zip(chosen.datasets, chosen.rates)
+                    if (d.folder / f'{split}.jsonl').is_file()]
+            if not held:
+                return None
+            chosen = Mixture(*zip(*held), seed)
+        return Loader(chosen, processor, batch_size, num_workers if split == 'train' else 0, state,
+                                 seq_len if static_shapes or packing else 0, max_bad_fraction,
+                                 report if split == 'train' else None, packing)
 
     loader = make_loader('train', loader_state)
+    held_out = eval_interval and make_loader('validation')
+    if eval_interval and not held_out:
+        print(f'no dataset has a validation.jsonl in {data_dir}: no validation loss')
     batches = prefetch(iter(loader), dev)
     stop = []                                              # a signal asks; the loop answers after the step
     for sig in (signal.SIGTERM, signal.SIGINT):
@@ -523,7 +531,7 @@ def main():
                 raise UserError(f"{int(nonfinite[0])} steps in a row had a gradient that was not finite; the weights "
                                 f"are those of before. Lower learning_rate or use dtype = 'float32'; the last step's "
                                 f"rows are in {out_dir}/nonfinite_rows.json")
-        if eval_interval and (step % eval_interval == 0 or step == max_steps):
+        if held_out and (step % eval_interval == 0 or step == max_steps):
             result = evaluate(model, make_loader, dev, autocast)
             log.add({'step': step, **{f'validation/{k}': v for k, v in result.items()}})
             log.flush()

@@ -3,14 +3,16 @@
 out_dir = 'out/demo_stage1'
 tokenizer = 'data/shapes'
 mixture = {'shapes': 0.87, 'clocks': 0.08, 'shapes_text': 0.05}
-vision = dict(hidden_size=128, intermediate_size=512, num_layers=3, num_heads=8, image_size=64, patch_size=8, feature_layers=(-1,))
-language = dict(hidden_size=192, intermediate_size=512, num_layers=4, num_heads=6, num_kv_heads=3, head_dim=32, vocab_size=1024)
+vision = dict(hidden_size=128, intermediate_size=512, num_layers=3, num_heads=8, image_size=64, patch_size=8,
+              feature_layers=(-1,))
+language = dict(hidden_size=192, intermediate_size=512, num_layers=4, num_heads=6, num_kv_heads=3, head_dim=32,
+                vocab_size=1024)
 pooling = 2                    # 16 visual tokens a picture
 train_vision = True
 image_size = 64
 point_digits = 2
 seq_len = 1024
-batch_size = 32
+batch_size = 6                 # rows of several pictures each, 32 in all
 packing = True
 num_workers = 0                # on two cores a loader process would take one from the training
 # What shape a thing has is learned last, and from captions; until then nobody can find "the red star". A coordinate is

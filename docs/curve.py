@@ -45,7 +45,8 @@ def draw(runs):
         at = [[scores[key][s] for scores, _ in runs] for s in steps]
         mean = [sum(v) / len(v) for v in at]
         band = [(m, max(v)) for m, v in zip(when, at)] + [(m, min(v)) for m, v in zip(when, at)][::-1]
-        out.append(f'<polygon points="{" ".join(f"{x(m):.1f},{y(s):.1f}" for m, s in band)}" fill="{colour}" opacity=".15"/>')
+        corners = ' '.join(f'{x(m):.1f},{y(s):.1f}' for m, s in band)
+        out.append(f'<polygon points="{corners}" fill="{colour}" opacity=".15"/>')
         out.append(f'<polyline points="{" ".join(f"{x(m):.1f},{y(s):.1f}" for m, s in zip(when, mean))}" fill="none" '
                    f'stroke="{colour}" stroke-width="2"/>')
         labels.append((mean[-1], f'{label} {mean[-1]:.1%}', colour))

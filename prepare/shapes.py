@@ -1,14 +1,15 @@
 """
 The embedded world: pictures of coloured shapes and everything one can ask about them, drawn on the spot.
 
-    python prepare/shapes.py                     # data/shapes, data/clocks, data/shapes_text (about a minute)
+    python prepare/shapes.py                     # data/shapes, data/clips and four more (about three minutes)
     python prepare/shapes.py --num 1000 --force  # a small one instead
 
 What is in it:
 - real PNG and JPEG files of several sizes and aspect ratios; 1 to 6 shapes of 5 kinds, 6 colours and 2 sizes, turned a
   little, on plain, graded or noisy backgrounds; a shape may touch its neighbour but never hide it;
 - captions, points (also to what is not there), counts, questions on attributes and relations; clocks; text-only rows;
-- a byte-level BPE tokenizer of about 600 tokens with Qwen's special tokens, so that the layout is that of the big models;
+- several pictures at once; MP4 clips of 2 to 60 seconds with tracks, times and subtitles (prepare/clips.py);
+- a byte-level BPE tokenizer of about 800 tokens with Qwen's special tokens: the layout is that of the big models;
 - questions that a person would answer the same way: what is nearly a tie (leftmost, above, largest) is not asked.
 
 What is not: anything random that --seed does not fix, or a scene that both train and validation hold. A scene's content
@@ -30,7 +31,7 @@ from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-WORLD = 3  # raise when the same arguments draw or say something else, so that an old folder is noticed
+WORLD = 4  # raise when the same arguments draw or say something else, so that an old folder is noticed
 
 COLOURS = {'red': (216, 36, 40), 'green': (40, 160, 60), 'blue': (44, 84, 224), 'yellow': (240, 214, 40),
            'purple': (146, 52, 178), 'orange': (244, 134, 24)}
@@ -64,7 +65,8 @@ def outline(kind, turn):
 
 
 def sample_scene(rng, split='train'):
-    """A canvas and 1 to 6 shapes, in training more often few. Positions are fractions of width and height; the list runs from left to right."""
+    """A canvas and 1 to 6 shapes, in training more often few. Positions are fractions of width and height; the list
+    runs from left to right."""
     width, height = CANVASES[rng.integers(len(CANVASES))]
     short = min(width, height)
     # Reading one shape is what must be learned first, and a picture of six says little about which one was meant
@@ -122,13 +124,21 @@ def background(width, height, rng):
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
 
 
+def shade(colour, rng):
+    return tuple(int(c) for c in (np.array(COLOURS[colour]) + rng.uniform(-14, 14, size=3)).clip(0, 255))
+
+
+def shade(colour, rng):
+    return tuple(int(c) for c in (np.array(COLOURS[colour]) + rng.uniform(-14, 14, size=3)).clip(0, 255))
+
+
 def draw_shapes(canvas, shapes, rng):
     """The canvas with the shapes on it: drawn SUPERSAMPLE times larger with a mask, then averaged down."""
     width, height = canvas.size
     big = canvas.resize((width * SUPERSAMPLE, height * SUPERSAMPLE), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(big)
     for o in shapes:
-        fill = tuple(int(c) for c in (np.array(COLOURS[o['colour']]) + rng.uniform(-14, 14, size=3)).clip(0, 255))
+        fill = o.get('fill') or shade(o['colour'], rng)
         pen.polygon([(x * big.width, y * big.height) for x, y in o['polygon']], fill=fill)
     return big.reduce(SUPERSAMPLE)
 
@@ -214,7 +224,8 @@ def counting(shapes, what):
 def captioning(shapes, rng):
     names = [article(name(o, size=True)) for o in shapes]
     listed = names[0] if len(names) == 1 else ', '.join(names[:-1]) + ' and ' + names[-1]
-    question = ('Describe the picture.', 'What do you see?', 'Describe the picture from left to right.')[rng.integers(3)]
+    wordings = ('Describe the picture.', 'What do you see?', 'Describe the picture from left to right.')
+    question = wordings[rng.integers(3)]
     return ask('captioning', question, listed.capitalize() + '.', objects=[[o['colour'], o['kind']] for o in shapes])
 
 
@@ -323,17 +334,18 @@ def text_row(folder, split, i, args):
 def train_tokenizer(rows):
     """
     Byte-level BPE on the world's own text: any text encodes, words of the world are one token each, and so are
-    the coordinates ' 0.00' to ' 1.00': a place is one choice among 101 neighbours rather than four digits in a row.
-    Other digits stand alone, as in Qwen's tokenizer.
+    the coordinates ' 0.00' to ' 1.00', a place being one choice among 101 neighbours rather than four digits in a row,
+    and the half seconds '0.0' to '60.0'. Other digits stand alone, as in Qwen's tokenizer.
     """
     tokenizer = Tokenizer(models.BPE())
-    words = Regex(r' ?<point| ?[01]\.\d\d(?!\d)| ?\d| ?\p{L}+|\n| ?[^\s\p{L}\d]+|\s+')
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, 'isolated'),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    words = Regex(r' ?<point| ?[01]\.\d\d(?!\d)| ?\d+\.\d(?!\d)| ?\d| ?\p{L}+|\n| ?[^\s\p{L}\d]+|\s+')
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(words, 'isolated'), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    corpus = ['user\nassistant\n' * 9, 'Image 1 Image 2 Image 3 There are none.' * 9]
+    corpus = ['user\nassistant\n' * 9, 'Image 1 Image 2 Image 3 There are none.\nSubtitles:\n' * 9]
     corpus += [f'<point {x / 100:.2f}, {y / 100:.2f}, 1> <point {y / 100:.2f}' for x in range(101) for y in range(101)]
     corpus += [f' {i} {i}' * 9 for i in range(10)]
+    corpus += [f'{t / 2:.1f}s {t / 2:.1f} s ' * 9 for t in range(121)]
     corpus += [m['content'] for row in rows for c in row['conversations'] for m in c['messages']]
     tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
         vocab_size=1024, min_frequency=4, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
@@ -354,7 +366,7 @@ def save_tokenizer(tokenizer, folder):
 
 
 def write_dataset(folder, make_row, counts, args):
-    """Rows and pictures of all splits, into `folder`: complete or not there at all. Returns up to 2,000 rows of train."""
+    """Rows and media of all splits, into `folder`: complete or not there at all. Returns up to 2,000 rows of train."""
     temporary = folder + '.tmp'
     shutil.rmtree(temporary, ignore_errors=True)  # what an interrupted run left
     os.makedirs(os.path.join(temporary, 'media'))
@@ -375,11 +387,12 @@ def write_dataset(folder, make_row, counts, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--out', default='data', help='folder that gets shapes/, clocks/ and shapes_text/')
+    parser.add_argument('--out', default='data', help='folder that gets shapes/, clips/ and the others')
     parser.add_argument('--num', type=int, default=40000, help='training pictures of shapes')
     parser.add_argument('--num_clocks', type=int, default=3000, help='training pictures of clocks')
     parser.add_argument('--num_text', type=int, default=4000, help='training rows without a picture')
-    parser.add_argument('--num_validation', type=int, default=1000, help='held-out pictures of shapes (the others: a fifth)')
+    parser.add_argument('--num_clips', type=int, default=6000, help='training clips (a quarter as many long ones)')
+    parser.add_argument('--num_validation', type=int, default=1000, help='held-out pictures (other sets: a fifth)')
     parser.add_argument('--captioning', type=int, default=1, help='captions a picture: 0 or 1')
     parser.add_argument('--pointing', type=int, default=2, help='pointing questions a picture')
     parser.add_argument('--counting', type=int, default=2, help='counting questions a picture')
@@ -390,10 +403,14 @@ def main():
     args = parser.parse_args()
 
     manifest = {'world': WORLD, **{k: v for k, v in vars(args).items() if k not in ('out', 'workers', 'force')}}
+    from clips import long_row, many_row, short_row        # which are made of this file's shapes
     few = args.num_validation // 5
     plan = {'shapes': (shapes_row, dict(train=args.num, validation=args.num_validation)),
             'clocks': (clocks_row, dict(train=args.num_clocks, validation=few)),
-            'shapes_text': (text_row, dict(train=args.num_text, validation=few))}
+            'shapes_text': (text_row, dict(train=args.num_text, validation=few)),
+            'clips': (short_row, dict(train=args.num_clips, validation=few)),
+            'long_clips': (long_row, dict(train=args.num_clips // 4, validation=few // 2)),
+            'shapes_many': (many_row, dict(train=args.num_clips, validation=few))}
     folders = {dataset: os.path.join(args.out, dataset) for dataset in plan}
     done = []
     for folder in folders.values():
@@ -417,7 +434,8 @@ def main():
             json.dump(manifest, f, indent=2)
         shutil.rmtree(folders[dataset], ignore_errors=True)
         os.replace(temporary, folders[dataset])
-    print(f'{", ".join(folders.values())}: done; tokenizer of {tokenizer.get_vocab_size()} tokens in {folders["shapes"]}')
+    print(f'{", ".join(folders.values())}: done; a tokenizer of {tokenizer.get_vocab_size()} tokens in '
+          f'{folders["shapes"]}')
 
 
 if __name__ == '__main__':

@@ -1,26 +1,27 @@
 """From files to batches."""
-import io
+import itertools
 import json
 import random
 import re
 import subprocess
 import sys
-import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers as hf
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 import data  # noqa: E402
 import model as m  # noqa: E402
 from data import BadRow, Dataset, Loader, Mixture, Processor, collate  # noqa: E402
 from model import UserError  # noqa: E402
+from test_media import clip  # noqa: E402
 
 
 # -- points
@@ -74,6 +75,10 @@ def talk(answer='yes', question='Is it?', **rest):
                                                           {'role': 'assistant', 'content': answer}]}], **rest}
 
 
+def said(*points, **rest):
+    return {'messages': [{'role': 'assistant', 'points': {'points': list(points)}}], **rest}
+
+
 @pytest.mark.parametrize('end', ['\n', '\r\n', '\n\n'])
 def test_lines_are_found_and_named(tmp_path, end):
     lines = [json.dumps(talk(f'answer {i} ü')) for i in range(20)]
@@ -97,8 +102,13 @@ def test_a_syntax_error_on_line_712(tmp_path):
 @pytest.mark.parametrize('record,reason,words', [
     ([1], 'schema', 'list'), ({'id': 1}, 'schema', 'among its keys: id'), ({'messages': 'hi'}, 'schema', 'a conversation is'),
     ({'messages': [{'role': 'user', 'content': 'hi'}]}, 'no answer', 'assistant'),
-    (talk(video='clip.mp4'), 'video', 'cannot be read yet'),
-    ({'messages': [{'role': 'assistant', 'points': {'points': [{'x': 53, 'y': .1}]}}]}, 'bad point', 'fractions')])
+    (talk(video='a.mp4', images=['b.png']), 'schema', 'one video or any number of images'),
+    (talk(videos=['a.mp4', 'b.mp4']), 'schema', '2 videos'), (talk(images=[{'bytes': 'x'}]), 'schema', 'list of paths'),
+    (talk(video='a.mp4', start='soon'), 'schema', "'start' is a number of seconds"), ({'conversations': 'hi'}, 'schema', ''),
+    (said({'x': 53, 'y': .1}), 'bad point', 'fractions'), (said({'x': float('nan'), 'y': .1}), 'bad point', 'fractions'),
+    (said({'x': .1, 'y': True}), 'bad point', 'fractions'), (said({'x': .1, 'y': .1, 'id': 'a'}), 'bad point', 'whole'),
+    (said({'x': .1, 'y': .1}, video='a.mp4'), 'bad point', "second 't'"), (said({'x': .1, 'y': .1, 'image': 2}, images=['a', 'b']), 'bad point', 'one of 2'),
+    (said('x'), 'bad point', 'fractions'), ({'messages': [{'role': 'assistant', 'points': [1]}]}, 'schema', 'points are')])
 def test_records_that_cannot_be_used_say_why(record, reason, words):
     with pytest.raises(BadRow) as e:
         data.normalise(record)
@@ -109,31 +119,50 @@ def test_the_shape_of_other_trainers():
     record = data.normalise({'messages': [{'role': 'user', 'content': '<image>\nWhat is it?'},
                                           {'role': 'assistant', 'content': 'A cat.'}], 'images': 'cat.jpg'})
     assert record['images'] == ['cat.jpg'] and record['conversations'][0]['messages'][0]['content'] == 'What is it?'
+    for theirs in ({'messages': [{'role': 'user', 'content': '<video>What?'}, {'role': 'assistant', 'content': 'A cat.'}], 'videos': ['a.mp4']},
+                   {'conversations': [{'from': 'human', 'value': '<video>\nWhat?'}, {'from': 'gpt', 'value': 'A cat.'}], 'video': 'a.mp4'}):
+        record = data.normalise(theirs)
+        assert record['video'] == 'a.mp4' and record['images'] == []
+        assert record['conversations'][0]['messages'] == [{'role': 'user', 'content': 'What?'}, {'role': 'assistant', 'content': 'A cat.'}]
 
 
-def test_media_stay_in_their_folder(tmp_path):
-    (tmp_path / 'd').mkdir()
-    (tmp_path / 'secret.txt').write_bytes(b'secret')
-    (tmp_path / 'd' / 'link.txt').symlink_to(tmp_path / 'secret.txt')
-    (tmp_path / 'd' / 'a.txt').write_bytes(b'fine')
-    with tarfile.open(tmp_path / 'd' / 'media-0.tar', 'w') as tar:
-        tar.add(tmp_path / 'd' / 'a.txt', 'in/a.txt')
-    assert data.open_media(tmp_path / 'd', 'a.txt') == data.open_media(tmp_path / 'd', 'media-0.tar/in/a.txt') == b'fine'
-    for path in ('../secret.txt', 'link.txt', str(tmp_path / 'secret.txt')):
-        with pytest.raises(BadRow, match='leaves'):
-            data.open_media(tmp_path / 'd', path)
-    for path in ('b.txt', 'media-0.tar/b.txt', 'media-1.tar/a.txt'):
-        with pytest.raises(BadRow, match='does not exist'):
-            data.open_media(tmp_path / 'd', path)
+def test_odd_lines(tmp_path):
+    lines = [json.dumps(talk('x' * 2 ** 21)), '\0' * 99, '[' * 99999, json.dumps(talk()), '{"a": ' + '9' * 9999 + '}']
+    dataset = write(tmp_path, lines)
+    assert len(dataset) == 5 and dataset[0] and dataset[3]
+    for i in (1, 2, 4):
+        with pytest.raises(BadRow) as e:
+            dataset[i]
+        assert e.value.reason == 'broken JSON'
 
 
-# -- pictures
+def test_a_read_only_folder_works_too(tmp_path, monkeypatch):
+    write(tmp_path, [json.dumps(talk(str(i))) for i in range(9)])
+    (tmp_path / '.train.index').unlink()
+    monkeypatch.setattr(Path, 'replace', lambda *_: (_ for _ in ()).throw(PermissionError()))
+    dataset = Dataset(tmp_path)
+    assert len(dataset) == 9 and dataset[4]['conversations'][0]['messages'][1]['content'] == '4'
 
-def encoded(image, kind='PNG', **how):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **how)
-    return buffer.getvalue()
 
+
+words = st.sampled_from(['messages', 'conversations', 'images', 'video', 'videos', 'role', 'content', 'user', 'assistant', 'points',
+                         'task', 'x', 'y', 'id', 't', 'image', 'label', 'start', 'end', 'subtitles', 'from', 'value', 'human'])
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | words | st.sampled_from([.5, 1])
+anything = st.recursive(leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=5), max_leaves=20)
+
+
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
+@given(record=anything | st.builds(talk, st.text(), images=anything, video=anything, start=anything, subtitles=anything)
+       | st.builds(said, anything, anything))
+def test_any_record_is_an_example_or_a_bad_row(world, tmp_path_factory, record):
+    try:
+        record = data.normalise(json.loads(json.dumps(record)))
+        assert make_processor(world).example(record, tmp_path_factory.getbasetemp()).tokens
+    except BadRow as e:
+        assert str(e)
+
+
+# -- examples
 
 def quarters(mode='RGB'):
     """40 x 20: red top left, blue top right, black below."""
@@ -143,70 +172,11 @@ def quarters(mode='RGB'):
     return image.convert(mode)
 
 
-@pytest.mark.parametrize('kind,mode', [('PNG', 'RGB'), ('PNG', 'RGBA'), ('PNG', 'P'), ('GIF', 'P'), ('JPEG', 'CMYK'),
-                                       ('WEBP', 'RGB'), ('TIFF', 'RGB'), ('BMP', 'RGB')])
-def test_every_mode_is_rgb(kind, mode):
-    image = data.load_image(encoded(quarters(mode), kind, **({'quality': 95} if kind == 'JPEG' else {})))
-    assert image.mode == 'RGB' and image.size == (40, 20)
-    for at, colour in (((5, 5), (255, 0, 0)), ((35, 5), (0, 0, 255)), ((5, 15), (0, 0, 0))):
-        assert np.abs(np.array(image.getpixel(at)) - colour).max() < 40
-
-
-@pytest.mark.parametrize('mode', ['L', 'LA', '1', 'I;16'])
-def test_grey_and_deep(mode):
-    grey = Image.fromarray(np.full((4, 4), 200 * 257, np.uint16)) if mode == 'I;16' else \
-        Image.new('L', (4, 4), 255 if mode == '1' else 200).convert(mode)
-    assert data.load_image(encoded(grey)).getpixel((1, 1)) == ((255 if mode == '1' else 200),) * 3
-
-
-def test_transparency_is_white():
-    image = Image.new('RGBA', (4, 4), (255, 0, 0, 0))
-    palette = Image.new('P', (4, 4), 0)
-    palette.putpalette([255, 0, 0] * 256)
-    for content in (encoded(image), encoded(palette, transparency=0), encoded(palette, 'GIF', transparency=0)):
-        assert data.load_image(content).getpixel((0, 0)) == (255, 255, 255)
-
-
-@pytest.mark.parametrize('orientation', range(1, 9))
-def test_exif_orientation(orientation):
-    stored = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]    # Pillow's transpose that undoes the tag
-    upright = quarters()
-    image = upright if stored is None else upright.transpose(stored)
-    exif = Image.Exif()
-    exif[0x112] = orientation
-    got = data.load_image(encoded(image, 'PNG', exif=exif))
-    assert got.size == upright.size and got.tobytes() == upright.tobytes()
-
-
-def test_first_frame_of_an_animation():
-    frames = [Image.new('RGB', (4, 4), c) for c in ('red', 'blue')]
-    assert data.load_image(encoded(frames[0], 'GIF', save_all=True, append_images=frames[1:])).getpixel((0, 0)) == (255, 0, 0)
-
-
-def bomb():
-    png = bytearray(encoded(Image.new('L', (1, 1))))
-    png[16:24] = (60000).to_bytes(4, 'big') * 2            # IHDR says 60,000 x 60,000
-    import zlib
-    png[29:33] = zlib.crc32(bytes(png[12:29])).to_bytes(4, 'big')
-    return bytes(png)
-
-
-@pytest.mark.parametrize('content,reason', [
-    (encoded(quarters(), 'JPEG')[:400], 'unreadable media'), (encoded(quarters())[:60], 'unreadable media'),
-    (b'hello', 'unreadable media'), (b'', 'unreadable media'), (bomb(), None), ('gone.png', 'missing media')])
-def test_bad_pictures(content, reason):
-    with pytest.raises(BadRow) as e:
-        data.load_image(content)
-    assert e.value.reason == reason or reason is None and e.value.reason in ('too large', 'unreadable media')
-
-
-# -- examples
-
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):
     out = tmp_path_factory.mktemp('world')
     subprocess.run([sys.executable, ROOT / 'prepare/shapes.py', '--out', out, '--num', '40', '--num_clocks', '10',
-                    '--num_text', '20', '--num_validation', '10', '--workers', '1'], check=True, capture_output=True)
+                    '--num_text', '20', '--num_clips', '8', '--num_validation', '10', '--workers', '1'], check=True, capture_output=True)
     return out
 
 
@@ -262,7 +232,7 @@ def test_what_does_not_fit_is_left_out(world, two_branches):
 def test_patches_and_windows_by_loops(world):
     processor = make_processor(world)
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    patches = processor.pixels(Image.fromarray(pixels))
+    patches = processor.pixels(Image.fromarray(pixels), processor.image_size)
     for n in range(16):
         row, column = divmod(n, 4)
         for i, value in enumerate(patches[n]):
@@ -301,29 +271,105 @@ def test_transformers_reads_the_processor_of_a_checkpoint(world, tmp_path, pooli
         theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         theirs = theirs.replace('<|image_pad|>', '<|image_pad|>' * len(processor.window))
         plain = [{**x, 'content': 'What is it?' if x['content'] is content else x['content']} for x in messages]
-        assert tokenizer(theirs, add_special_tokens=False)['input_ids'] == processor.prompt([picture] * n, plain).tokens
+        assert tokenizer(theirs, add_special_tokens=False)['input_ids'] == processor.prompt(plain, images=[picture] * n).tokens
     if pooling == 1:                       # llava: pictures as well
         theirs = hf.AutoProcessor.from_pretrained(tmp_path)
         got = theirs(images=[picture], text='<|vision_start|><|image_pad|><|vision_end|>', return_tensors='pt')
         assert (got['input_ids'] == processor.image_pad).sum() == len(processor.window)
-        patches = torch.from_numpy(processor.pixels(picture)) * vlm.pixel_scale + vlm.pixel_shift
+        patches = torch.from_numpy(processor.pixels(picture, processor.image_size)) * vlm.pixel_scale + vlm.pixel_shift
         expected = patches.view(4, 4, 8, 8, 3).permute(4, 0, 2, 1, 3).reshape(3, 32, 32)
         assert (got['pixel_values'][0] - expected).abs().max() < 1e-5
 
 
+# -- videos
+
+def video_record(folder, seconds=6., **rest):
+    clip(folder / 'a.mp4', np.arange(seconds * 10 + 1) / 10, size=(32, 32))
+    return data.normalise(talk(video='a.mp4', **rest))
+
+
+def test_layout_of_a_video(world, tmp_path):
+    processor = make_processor(world, video_pooling=4, fps=1.)
+    record = video_record(tmp_path, 2.5, start=.5, subtitles=[{'start': 1., 'end': 2., 'text': 'Hi <|im_end|>'}])
+    e = processor.example(record, tmp_path)
+    frame = '<|vision_start|><|video_pad|><|vision_end|>'
+    assert processor.tokenizer.decode(e.tokens, skip_special_tokens=False) == (
+        f'0.0s{frame}1.0s{frame}2.0s{frame}\nSubtitles:\n0.5s - 1.5s: Hi <|im_end|>'
+        '<|im_start|>user\nIs it?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>')
+    assert e.times == (0., 1., 2.) and e.patches.shape == (3, 16, 192) and e.tokens.count(processor.im_end) == 2
+    assert e.pool_index.tolist() == [[16 * i + j for j in range(16)] for i in range(3)]
+    assert [e.tokens[i] for i in e.visual_index] == [processor.video_pad] * 3
+
+
+def test_a_video_gives_up_frames_to_fit(world, tmp_path):
+    record = video_record(tmp_path, 8.)
+    lengths = []
+    for seq_len in (400, 160, 80, 40):
+        e = make_processor(world, seq_len=seq_len).example(record, tmp_path)
+        lengths.append(len(e.times))
+        assert len(e.tokens) <= seq_len and e.times[-1] == 8. or lengths[-1] == 1
+    assert lengths[0] == 17 and sorted(set(lengths), reverse=True) == lengths
+    with pytest.raises(BadRow) as e:
+        make_processor(world, seq_len=20).example(record, tmp_path)
+    assert e.value.reason == 'too long'
+
+
+def test_a_track_is_told_at_the_frames_times(world, tmp_path):
+    points = [{'t': t / 2, 'x': t / 20, 'y': .5, 'id': 1} for t in range(13)]
+    record = video_record(tmp_path)
+    record['conversations'] = [{'task': task, 'messages': [{'role': 'user', 'content': 'Track.'}, {
+        'role': 'assistant', 'content': '', 'points': {'points': points}}]} for task in ('tracking', 'pointing')]
+    processor = make_processor(world, seq_len=1024, max_frames=3)
+    e = processor.example(record, tmp_path)
+    told = [data.parse_points(processor.decode([t for t, x in zip(e.tokens, e.branches) if x == b])) for b in (1, 2)]
+    assert e.times == (0., 3., 6.) and [p['t'] for p in told[0]] == [0., 3., 6.] and told[1] == [
+        {**p, 'x': round(p['x'], 2)} for p in points]
+
+
+def test_ragged_windows():
+    assert data.windows((3, 3), 2).tolist() == [[0, 1, 3, 4], [2, -1, 5, -1], [6, 7, -1, -1], [8, -1, -1, -1]]
+    assert data.windows((27, 27), 3).shape == (81, 9) and data.windows((27, 27), 2).shape == (196, 4)
+    assert data.windows((4, 4), 3).tolist()[0] == [-1, -1, -1, -1, 0, 1, -1, 4, 5]
+
+
+@pytest.mark.parametrize('video_size', [32, 16])
+def test_pictures_and_frames_in_one_batch(world, tmp_path, two_branches, video_size):
+    """Visual tokens of a mixed batch are those of the examples alone, whatever the sizes and the pooling."""
+    processor = make_processor(world, seq_len=512, video_size=video_size, video_pooling=1, max_frames=3)
+    vlm = m.VLM(m.make_config(dict(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, image_size=32,
+                                   patch_size=8, feature_layers=(-1,)),
+                              dict(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=1,
+                                   head_dim=16, vocab_size=1024), pooling=2, **processor.token_ids()))
+    vlm.init_weights()
+    examples = [processor.example(video_record(tmp_path), tmp_path), processor.example(*two_branches)] * 2
+    mixed = collate([examples[:3], examples[3:]], processor)
+    assert ('frames' in mixed) == (video_size == 16)
+    seen = torch.zeros(*mixed['tokens'].shape, 192 // 6).flatten(0, 1).index_copy(0, mixed['visual_index'], vlm.see(mixed))
+    start = 0
+    for i, e in enumerate(examples):
+        start = mixed['tokens'].shape[1] if i == 3 else start
+        alone = collate([[e]], processor)
+        here = seen[start:start + len(e.tokens)].index_select(0, alone['visual_index'])
+        torch.testing.assert_close(here, vlm.see(alone), rtol=1e-5, atol=1e-6)
+        start += len(e.tokens)
+
+
 # -- batches
 
-@pytest.mark.parametrize('how', [{}, {'left': True}, {'packed': True}, {'length': 300}])
-def test_collate(world, how):
+@pytest.mark.parametrize('how,packed', [({}, False), ({'left': True}, False), ({}, True), ({'length': 300}, False)])
+def test_collate(world, how, packed):
     processor = make_processor(world)
     datasets = [Dataset(world / 'shapes'), Dataset(world / 'shapes_text')]
     examples = [processor.example(d[i], d.folder) for d in datasets for i in (0, 1)]
-    batch = collate(examples, processor, **how)
+    batch = collate([examples] if packed else [[e] for e in examples], processor, **how)
     B, L = batch['tokens'].shape
-    assert (B, L) == ((1, L) if 'packed' in how else (4, how.get('length', L)))
+    assert (B, L) == ((1, L) if packed else (4, how.get('length', L)))
     flat = {k: batch[k].flatten() for k in ('tokens', 'targets', 'loss_weights', 'position_ids', 'document_ids', 'branch_ids')}
-    starts = {'left': lambda b, e: (b + 1) * L - len(e.tokens), 'packed': lambda b, e: sum(len(x.tokens) for x in examples[:b])}
-    start_of, pairs = next((starts[k] for k in how if k in starts), lambda b, e: b * L), 0
+    start_of, pairs = lambda b, e: b * L, 0
+    if packed:
+        start_of = lambda b, e: sum(len(x.tokens) for x in examples[:b])
+    elif how.get('left'):
+        start_of = lambda b, e: (b + 1) * L - len(e.tokens)
     assert batch['visual_index'].tolist() == (flat['tokens'] == processor.image_pad).nonzero()[:, 0].tolist()
     for b, e in enumerate(examples):
         start, n = start_of(b, e), len(e.tokens)
@@ -350,7 +396,8 @@ def test_permute_is_a_permutation(n, key):
 
 class Fake:
     def __init__(self, n, name='fake'):
-        self.n, self.name, self.folder = n, name, Path('.')
+        self.n = self.rows = n
+        self.name, self.folder, self.cap = name, Path('.'), None
 
     def __len__(self):
         return self.n
@@ -378,14 +425,52 @@ def test_rates_and_epochs():
     assert all(sorted(e) == list(range(50)) for e in epochs) and len({tuple(e) for e in epochs}) == 10
 
 
+def test_groups_caps_and_roots():
+    sizes = {'a': 100, 'b': 400, 'c': 10_000, 'd': 5}
+    flat = data.mixture_rates({'all': {'rate': 3, 'sets': {n: {} for n in 'abc'}}}, sizes)
+    assert flat == pytest.approx({'a': 10 / 130, 'b': 20 / 130, 'c': 100 / 130})
+    grouped = {'x': {'rate': .6, 'sets': {'a': {'factor': 2}, 'c': {'cap': 900}}}, 'd': .3, 'y': {'rate': .3, 'sets': {'b': {}}}}
+    assert data.mixture_rates(grouped, sizes) == pytest.approx({'a': .2, 'c': .3, 'd': .25, 'b': .25})
+
+
+@pytest.mark.parametrize('mixture,words', [
+    ({'a': .5, 'g': {'rate': 1, 'sets': {'a': {}}}}, "names dataset 'a' twice"), ({'g': {'rate': 1, 'sets': {}}}, "['g'] is a group"),
+    ({'g': {'sets': {'a': {}}}}, 'is a group'), ({'g': {'rate': 1, 'sets': {'a': {'cup': 3}}}}, "option 'cup'")])
+def test_mistakes_in_a_mixture_are_one_line(mixture, words):
+    with pytest.raises(UserError) as e:
+        data.mixture_sets(mixture)
+    assert words in str(e.value) and '\n' not in str(e.value)
+
+
+def test_a_cap_takes_some_rows_and_always_the_same(tmp_path):
+    for name, n in (('a', 500), ('b', 300)):
+        write(tmp_path / name, [json.dumps(talk(str(i))) for i in range(n)])
+    mixture = {'g': {'rate': 1, 'sets': {'a': {'cap': 40, 'loss_weight': .5}, 'b': {}}}}
+    draws = take(data.open_mixture(mixture, tmp_path, 1).draws(), 2000)
+    rows = [row for _, d, row in draws if d == 0]
+    assert len(set(rows)) == 40 and max(rows) > 250 and {len(set(rows[i:i + 40])) for i in (0, 40, 80)} == {40}
+    table = data.mixture_table({**mixture, 'gone': {'rate': 1, 'sets': {'c': {'size': 1600}}}}, tmp_path, 1000)
+    assert any(line.split() == ['a', '40', '6', '13.37%', '134', '3.34'] for line in table), table
+    assert any(line.split()[:4] == ['c', '*', '1,600', '40'] for line in table) and table[-1].startswith('*')
+
+
+def test_ten_million_rows_take_no_memory():
+    """Permutation and draws hold nothing per row; the index is mapped from its file."""
+    tracemalloc.start()
+    draws = take(Mixture([Fake(10_000_000), Fake(1)], [9, 1], seed=1).draws(), 20_000)
+    assert tracemalloc.get_traced_memory()[1] < 2 ** 23
+    tracemalloc.stop()
+    assert len({row for _, d, row in draws if d == 0}) == sum(d == 0 for _, d, _ in draws) > 17_000
+
+
 def test_an_empty_dataset_is_an_error():
     with pytest.raises(UserError, match='nothing has no rows'):
         Mixture([Fake(0, 'nothing')], [1])
 
 
-def loader(world, bad=None, **rest):
+def loader(world, bad=None, batch_size=4, **rest):
     sets = [Dataset(world / 'shapes'), Dataset(world / 'shapes_text')] + ([bad] if bad else [])
-    return Loader(Mixture(sets, [1] * len(sets), 3), make_processor(world), 4, **rest)
+    return Loader(Mixture(sets, [1] * len(sets), 3), make_processor(world), batch_size, **rest)
 
 
 def same(a, b):
@@ -397,6 +482,34 @@ def test_workers_and_resuming_change_nothing(world):
     for other in (take(loader(world, num_workers=2), 6), plain[:2] + take(loader(world, state=plain[1][1]), 4)):
         assert all(same(a, b) and s == t for (a, s), (b, t) in zip(plain, other))
     assert not same(plain[0][0], plain[1][0])
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=9), st.integers(20, 60))
+def test_best_fit_is_the_best(lengths, room):
+    chosen = data.best_fit(lengths, room)
+    every = [sum(c) + lengths[0] for n in range(len(lengths)) for c in itertools.combinations(lengths[1:], n)]
+    assert chosen[0] == 0 and len(set(chosen)) == len(chosen)
+    assert sum(lengths[i] for i in chosen) == max(total for total in every if total <= room)
+
+
+def test_packed_rows_are_full_and_hold_every_example_once(world):
+    rows = loader(world, length=512, packed=True, batch_size=2)
+    batches = take(rows, 12)
+    filled = [b['n_tokens'] / b['tokens'].numel() for b, _ in batches]
+    assert all(b['tokens'].shape == (2, 512) for b, _ in batches) and np.mean(filled) > .98
+    state = batches[-1][1]
+    assert sum(len(b['rows']) for b, _ in batches) + len(state['pool']) == state['draw'] == state['seen']
+    waited = [draw[0] for draw in state['pool']]
+    assert min(waited) > state['draw'] - 200               # the oldest goes first: nobody waits for ever
+
+
+@pytest.mark.parametrize('stop', [1, 3])
+def test_packing_resumes_bit_for_bit(world, stop):
+    how = dict(length=512, packed=True, batch_size=2)
+    plain = take(loader(world, **how), 6)
+    rest = take(loader(world, state=json.loads(json.dumps(plain[stop - 1][1])), num_workers=stop - 1, **how), 6 - stop)
+    assert all(same(a, b) and s == t for (a, s), (b, t) in zip(plain[stop:], rest, strict=True))
 
 
 def test_bad_rows_are_counted_named_and_limited(world, tmp_path):

@@ -26,7 +26,7 @@ def settings(script):
              if isinstance(t, ast.Name)}
     if 'train_settings' in text:             # model.py and data.py take train.py's
         names |= settings('train.py')
-    return names | set(re.findall(r"add_argument\('--(\w+)'", text))
+    return names | set(re.findall(r"(?:add_argument|startswith)\('--(\w+)", text))
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)

@@ -45,6 +45,22 @@ def test_without_polygons_a_point_must_be_near_and_in_its_picture():
     assert ev.match([{'x': .54, 'y': .54, 'image': 1}], there) == ev.match([{'x': .5, 'y': .5}], there) == 0
 
 
+def test_in_a_video_a_point_must_be_in_time():
+    moving = {'x': .2, 'y': .5, 't': 0., 'moments': [{'t': t, 'x': x, 'y': .5} for t, x in ((0., .2), (.5, .5), (1., .8))]}
+    for t, x, hit in ((0., .2, 1), (.6, .5, 1), (1., .8, 1), (1., .2, 0), (0., .8, 0), (2., .8, 0)):
+        assert ev.match([{'t': t, 'x': x, 'y': .5}], [moving]) == hit
+
+
+def test_tracks():
+    places = [{'t': t, 'x': x, 'y': .5, 'id': id} for t in (0., 1.) for id, x in ((1, .2), (2, .8))]
+    for text, inside, precision in [
+            ('<point 0.0, 0.20, 0.50, 1> <point 0.0, 0.80, 0.50, 2> <point 1.0, 0.20, 0.50, 1> <point 1.0, 0.80, 0.50, 2>', 4, (4, 4)),
+            ('<point 0.0, 0.20, 0.50, 1> <point 0.0, 0.20, 0.50, 2>', 1, (1, 2)),     # another's place is a miss
+            ('<point 0.0, 0.20, 0.50, 1> <point 0.2, 0.20, 0.50, 1>', 1, (2, 2)), ('None.', 0, (0, 0))]:
+        assert ev.score_tracks(text, places) == {'inside': (inside, 4), 'precision': precision}
+    assert ev.score_tracks('There are none.', []) == {'none there': (True, 1)}
+
+
 def test_caption_f1():
     objects, vocabulary = [['red', 'circle'], ['red', 'circle'], ['blue', 'star']], {'red circle', 'blue star', 'green cross'}
     for text, pair in [('A small red circle, a large red circle and a blue star.', (6, 6)), ('A red circle.', (2, 4)),
@@ -80,7 +96,7 @@ def test_interval_holds_the_score(pairs):
 def world(tmp_path_factory):
     out = tmp_path_factory.mktemp('world')
     subprocess.run([sys.executable, ROOT / 'prepare/shapes.py', '--out', out, '--num', '40', '--num_clocks', '5',
-                    '--num_text', '10', '--num_validation', '20', '--workers', '1'], check=True, capture_output=True)
+                    '--num_text', '10', '--num_clips', '8', '--num_validation', '20', '--workers', '1'], check=True, capture_output=True)
     return out
 
 
@@ -102,17 +118,19 @@ def checkpoint(world, tmp_path_factory):
 
 @pytest.mark.parametrize('right', [True, False])
 def test_a_perfect_and_a_useless_model(world, monkeypatch, right):
-    def answers(model, processor, items, images):
-        return [data.format_points(i['points'], '', 'point', 3) if i['task'] == 'pointing' else i['answers'][0]
-                if right else 'green elephants' for i in items]
+    def answers(model, processor, items, media):
+        points = lambda i: i['task'] in ('pointing', 'tracking')
+        if right:
+            return [data.format_points(i['points'], '', 'point', 3) if points(i) else i['answers'][0] for i in items]
+        return ['<point 1.0, 0.001, 0.001, 1>' if points(i) else 'green elephants' for i in items]
     monkeypatch.setattr(ev, 'answer_all', answers)
-    if not right:
-        monkeypatch.setattr(data, 'format_points',
-                            lambda *a, **k: '<point 0.001, 0.001, 1>')
-    rows, skipped = ev.evaluate(None, None, [data.Dataset(world / n, 'validation') for n in ('shapes', 'clocks', 'shapes_text')])
+    names = ('shapes', 'clocks', 'shapes_text', 'clips', 'long_clips', 'shapes_many')
+    processor = data.Processor(world / 'shapes', 32, 8, 1, 512, max_frames=2)
+    rows, skipped = ev.evaluate(None, processor, [data.Dataset(world / n, 'validation') for n in names])
     summary = ev.summarise(rows)
     assert not skipped and {(s['dataset'], s['task']) for s in summary} >= {
-        ('shapes', t) for t in ('pointing', 'counting', 'captioning', 'qa')} | {('clocks', 'qa'), ('shapes_text', 'text')}
+        (n, t) for n in ('shapes', 'clips', 'shapes_many') for t in ('pointing', 'qa')} | {
+        ('clocks', 'qa'), ('shapes_text', 'text'), ('clips', 'captioning'), ('clips', 'tracking'), ('long_clips', 'tracking')}
     assert {s['score'] for s in summary} == {float(right)}
 
 
@@ -140,7 +158,7 @@ def test_batches_change_no_answer(world, checkpoint, monkeypatch):
     dataset = data.Dataset(world / 'shapes', 'validation')
     items, images = [], {}
     for i in range(3):
-        images[i] = [data.load_image(data.open_media(dataset.folder, p)) for p in dataset[i]['images']]
+        images[i] = processor.media(dataset[i], dataset.folder)
         items += ev.questions('shapes', dataset[i], i)
     monkeypatch.setattr(ev, 'max_new_tokens', 12)
     together = ev.answer_all(vlm, processor, items, images)

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import model as m  # noqa: E402
 import sample  # noqa: E402
+from media import load_video  # noqa: E402
 
 
 @pytest.fixture(scope='module')
@@ -19,7 +21,7 @@ def checkpoint(tmp_path_factory):
     """An untrained model in the llava layout, with the tokenizer of the shapes world."""
     out = tmp_path_factory.mktemp('sample')
     subprocess.run([sys.executable, ROOT / 'prepare/shapes.py', '--out', out, '--num', '10', '--num_clocks', '5',
-                    '--num_text', '5', '--num_validation', '5', '--workers', '1'], check=True, capture_output=True)
+                    '--num_text', '5', '--num_clips', '8', '--num_validation', '5', '--workers', '1'], check=True, capture_output=True)
     processor = data.Processor(out / 'shapes', 32, 8, 1, 512, point_digits=2)
     vlm = m.VLM(m.make_config(dict(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, image_size=32,
                                    patch_size=8, feature_layers=(-1,)),
@@ -80,6 +82,31 @@ def test_points_go_to_their_picture(checkpoint, monkeypatch, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['b.points.png']
 
 
+def test_a_video_with_subtitles(checkpoint):
+    media = checkpoint.parent / 'clips' / 'media'
+    (media / 'a.srt').write_text('00:00:00,000 --> 00:00:01,000\nHello\n')
+    args = (f'--checkpoint={checkpoint}', f'--video={media / "train-000000.mp4"}', '--subtitles=a.srt', '--prompt=What?',
+            '--max_new_tokens=6')
+    one, two, short = run(*args), run(*args), run(*args, '--end=1.0')
+    assert one.returncode == short.returncode == 0, one.stderr + short.stderr
+    assert one.stdout == two.stdout
+
+
+def test_a_track_is_printed_and_drawn(checkpoint, monkeypatch, capsys, tmp_path):
+    scripted(monkeypatch, data.Processor(checkpoint.parent / 'shapes', 32, 8, 1), '<point 0.0, 0.25, 0.50, 1> <point 1.0, 0.75, 0.50, 1>')
+    clip = checkpoint.parent / 'clips' / 'media' / 'train-000000.mp4'
+    for name, value in dict(checkpoint=str(checkpoint), video=str(clip), prompt='Track.', out_dir=str(tmp_path)).items():
+        monkeypatch.setattr(sample, name, value)
+    sample.main()
+    assert '1 at 1.0 s (0.750, 0.500)' in capsys.readouterr().out
+    before, after = (load_video(open(path, 'rb'), 1000, 4.)[1] for path in (clip, tmp_path / 'train-000000.points.mp4'))
+    assert len(before) == len(after)
+    for frame, old, x in ((0, before[0], .25), (2, before[2], .5), (4, before[4], .75)):
+        at = (int(x * old.width), old.height // 2)
+        assert after[frame].getpixel(at)[0] > 180 and after[frame].getpixel(at)[1] < 100       # magenta, on its way
+    assert np.abs(np.asarray(after[-1], int) - np.asarray(before[-1], int)).mean() < 6
+
+
 def test_letters_stream_whole(checkpoint, monkeypatch):
     processor = data.Processor(checkpoint.parent / 'shapes', 32, 8, 1)
     scripted(monkeypatch, processor, 'naïve 猫 🐱')
@@ -88,8 +115,9 @@ def test_letters_stream_whole(checkpoint, monkeypatch):
 
 
 @pytest.mark.parametrize('args,words', [
-    ((), 'give --checkpoint'), (('--prompt=x', '--image=gone.png'), 'gone.png does not exist'),
-    (('--prompt=x', '--image=text.jpg'), 'text.jpg: not a picture'), (('--prompt=x', '--checkpoint=nowhere'), 'nowhere')])
+    ((), 'give --checkpoint'), (('--prompt=x', '--image=gone.png'), 'gone.png: No such file'),
+    (('--prompt=x', '--image=text.jpg'), 'text.jpg: not a picture'), (('--prompt=x', '--video=text.jpg'), 'not a video that can be read'),
+    (('--prompt=x', '--video=gone.mp4'), 'gone.mp4: No such file'), (('--prompt=x', '--video=a', '--image=b'), 'give --checkpoint'), (('--prompt=x', '--checkpoint=nowhere'), 'nowhere')])
 def test_mistakes_are_one_line(checkpoint, args, words):
     (checkpoint.parent / 'text.jpg').write_text('hello')
     done = run(*((f'--checkpoint={checkpoint}',) if '--checkpoint=nowhere' not in args else ()), *args, cwd=checkpoint.parent)

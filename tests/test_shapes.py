@@ -12,11 +12,13 @@ from tokenizers import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'prepare')]
+import clips as shapes_clips  # noqa: E402
 import data  # noqa: E402
+import media  # noqa: E402
 import shapes  # noqa: E402
 from eval import inside  # noqa: E402
 
-ARGS = ['--num', '60', '--num_clocks', '8', '--num_text', '20', '--num_validation', '30']
+ARGS = ['--num', '60', '--num_clocks', '8', '--num_text', '20', '--num_clips', '8', '--num_validation', '60']
 
 
 def make(out, *more):
@@ -136,9 +138,67 @@ def test_clocks_show_the_time_they_say(world):
         assert int(row['conversations'][2]['messages'][-1]['content']) == int(minute)
 
 
-@pytest.mark.parametrize('dataset', ['shapes', 'clocks', 'shapes_text'])
+def test_every_answer_is_true_of_its_clip(world):
+    """The frames say where things are, which way they move, when they come and go; subtitles what is said."""
+    hits, asked, kinds = [], set(), set()
+    for name in ('clips', 'long_clips'):
+        for row in rows(world, name, 'validation'):
+            times, frames = media.load_video(open(world / name / row['video'], 'rb'), 1000)
+            duration = times[-1]
+            assert np.allclose(times, np.arange(len(times)) / 2) and (2 if name == 'clips' else 16) <= duration <= 60
+            caption = row['conversations'][0]['messages'][-1]['content']
+            said = {o: line for o, line in zip([' '.join(o) for o in row['conversations'][0]['objects']],
+                                               caption.split('. '), strict=True)}
+            for c in row['conversations'][1:]:
+                points = (c['messages'][-1].get('points') or {}).get('points', [])
+                colour = next(iter(set((c['messages'][-1].get('points') or {}).get('label', '').split()) & set(shapes.COLOURS)), None)
+                for p in [m for p in points for m in p.get('moments', [p])]:
+                    assert inside(p['x'], p['y'], p['polygon']) and 0 <= p['t'] <= duration
+                    if colour:               # what another shape hides just then may show that one's colour
+                        hits.append(nearest_colour(frames[int(2 * p['t'])], p['x'], p['y']) == colour)
+                if c['task'] == 'tracking':
+                    step = float(re.search(r'every ([\d.]+) s', c['messages'][0]['content'])[1])
+                    assert all(p['t'] % step == 0 for p in points)
+                    kinds.add('several' if len({p['id'] for p in points}) > 1 else 'one')
+                if c['task'] == 'qa':
+                    question, answer = c['messages'][0]['content'], c['messages'][-1]['content']
+                    asked.add(question.split()[0] + ' ' + question.split()[1])
+                    what = re.search(r'the (\w+ \w+) (move|appear|vanish)s?\?', question)
+                    if what and what[2] == 'move':
+                        assert (f'moves {answer}' in said[what[1]]) != (answer == 'it stays')
+                    elif what and answer not in ('0.0 s', 'never') and not question.startswith('What is said'):
+                        assert re.search(f'{what[2]}e?s at {answer}', said[what[1]])
+                    elif question.startswith('What is said'):
+                        cues = row['subtitles'] if isinstance(row['subtitles'], list) else media.load_subtitles(
+                            open(world / name / row['subtitles'], 'rb'))
+                        when = re.search(r'at ([\d.]+) s', question) or re.search(r'appears at ([\d.]+) s', said[what[1]])
+                        assert answer in [cue['text'] for cue in cues if abs(cue['start'] - float(when[1])) < .01]
+    assert np.mean(hits) > .93 and len(hits) > 100 and len(asked) >= 5 and kinds == {'one', 'several'}
+
+
+def test_splits_share_no_clip():
+    clips = [shapes_clips.sample_clip(np.random.default_rng(i), 2, 8) for i in range(200)]
+    split = [shapes.in_validation(shapes_clips.clip_content(c)) for c in clips if c['shapes']]
+    assert .05 < np.mean(split) < .25
+    for clip in clips:
+        content = shapes_clips.clip_content(clip)
+        assert shapes.in_validation(content) == shapes.in_validation(json.loads(json.dumps(content)))
+        assert len({(o['colour'], o['kind']) for o in clip['shapes']}) == len(clip['shapes'])
+
+
+def test_every_answer_is_true_of_several_pictures(world):
+    for row in rows(world, 'shapes_many', 'validation'):
+        pictures = [Image.open(world / 'shapes_many' / path).convert('RGB') for path in row['images']]
+        assert len(pictures) in (2, 3)
+        for p in row['conversations'][0]['messages'][-1]['points']['points']:
+            assert inside(p['x'], p['y'], p['polygon'])
+            colours = set(row['conversations'][0]['messages'][-1]['points']['label'].split()) & set(shapes.COLOURS)
+            assert not colours or nearest_colour(pictures[p['image']], p['x'], p['y']) in colours
+
+
+@pytest.mark.parametrize('dataset', ['shapes', 'clocks', 'shapes_text', 'clips', 'long_clips', 'shapes_many'])
 def test_every_row_becomes_an_example(world, dataset):
-    processor = data.Processor(world / 'shapes', 64, 8, 1, 512, point_digits=2)
+    processor = data.Processor(world / 'shapes', 64, 8, 2, 2048, point_digits=2, max_frames=48)
     for split in ('train', 'validation'):
         rows = data.Dataset(world / dataset, split)
         for i in range(len(rows)):

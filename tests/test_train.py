@@ -30,7 +30,7 @@ def world(tmp_path_factory):
     """data/shapes, data/clocks and data/shapes_text with a handful of rows, and the tokenizer."""
     out = tmp_path_factory.mktemp('world')
     subprocess.run([sys.executable, ROOT / 'prepare/shapes.py', '--out', out, '--num', '40', '--num_clocks', '10',
-                    '--num_text', '20', '--num_validation', '10', '--workers', '1'], check=True, capture_output=True)
+                    '--num_text', '20', '--num_clips', '8', '--num_validation', '10', '--workers', '1'], check=True, capture_output=True)
     return out
 
 
@@ -148,9 +148,9 @@ def test_trees_are_the_weighted_sum_of_their_conversations(world):
 
     def example(record):
         return processor.example(record, dataset.folder)
-    alone = [data.collate([example({**r, 'conversations': [c]})], processor) for r in records for c in r['conversations']]
-    trees = data.collate([example(r) for r in records], processor)
-    packed = data.collate([example(r) for r in records], processor, packed=True)
+    alone = [data.collate([[example({**r, 'conversations': [c]})]], processor) for r in records for c in r['conversations']]
+    trees = data.collate([[example(r)] for r in records], processor)
+    packed = data.collate([[example(r) for r in records]], processor)
     assert packed['tokens'].shape[0] == 1 and packed['tokens'].numel() - 8 < sum(len(example(r).tokens) for r in records)
     expected, gradients = loss_and_gradients(alone)
     for batch in (trees, packed):

@@ -1,0 +1,21 @@
+# Your own data: a folder data/mine with train.jsonl (docs/data.md), from the demo's checkpoint or any other.
+out_dir = 'out/mine'
+init_from = 'out/demo_stage1'
+mixture = {'mine': 1.0}
+image_size = 64                # those of the checkpoint that you start from
+pooling = 2
+video_size = 64
+video_pooling = 2
+max_frames = 16
+point_digits = 2
+seq_len = 1024
+batch_size = 4                 # rows, each filled with several examples
+packing = True
+num_workers = 1
+train_vision = False
+learning_rate = 3e-4
+warmup_steps = 20
+max_steps = 300
+min_lr_ratio = 0.0
+eval_interval = 100
+save_interval = 100
