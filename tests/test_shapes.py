@@ -140,7 +140,7 @@ def test_clocks_show_the_time_they_say(world):
 
 def test_every_answer_is_true_of_its_clip(world):
     """The frames say where things are, which way they move, when they come and go; subtitles what is said."""
-    hits, asked, kinds = [], set(), set()
+    hits, asked, kinds, ways = [], set(), set(), set()
     for name in ('clips', 'long_clips'):
         for row in rows(world, name, 'validation'):
             times, frames = media.load_video(open(world / name / row['video'], 'rb'), 1000)
@@ -156,6 +156,13 @@ def test_every_answer_is_true_of_its_clip(world):
                     assert inside(p['x'], p['y'], p['polygon']) and 0 <= p['t'] <= duration
                     if colour:               # what another shape hides just then may show that one's colour
                         hits.append(nearest_colour(frames[int(2 * p['t'])], p['x'], p['y']) == colour)
+                if c['task'] == 'pointing' and c['messages'][-1]['points']['label'] in said and points:
+                    first, last = points[0]['moments'][0], points[0]['moments'][-1]
+                    way = re.search(r'moves (\w+)', said[c['messages'][-1]['points']['label']])
+                    along = {'left': first['x'] - last['x'], 'right': last['x'] - first['x'],
+                             'up': first['y'] - last['y'], 'down': last['y'] - first['y']}
+                    assert max(along.values()) == along[way[1]] > .2 if way else max(along.values()) == 0
+                    ways.add(way[1] if way else '')
                 if c['task'] == 'tracking':
                     step = float(re.search(r'every ([\d.]+) s', c['messages'][0]['content'])[1])
                     assert all(p['t'] % step == 0 for p in points)
@@ -173,7 +180,7 @@ def test_every_answer_is_true_of_its_clip(world):
                             open(world / name / row['subtitles'], 'rb'))
                         when = re.search(r'at ([\d.]+) s', question) or re.search(r'appears at ([\d.]+) s', said[what[1]])
                         assert answer in [cue['text'] for cue in cues if abs(cue['start'] - float(when[1])) < .01]
-    assert np.mean(hits) > .93 and len(hits) > 100 and len(asked) >= 5 and kinds == {'one', 'several'}
+    assert np.mean(hits) > .93 and len(hits) > 100 and len(asked) >= 5 and kinds == {'one', 'several'} and len(ways) > 2
 
 
 def test_splits_share_no_clip():
