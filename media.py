@@ -300,7 +300,8 @@ def load_video(file, max_frames, fps=2., start=0., end=None, size=None, threads=
         raise BadRow('unreadable media', f'not a video that can be read ({getattr(e, "strerror", 0) or e})') from None
     if not frames:
         raise BadRow('unreadable media', 'no frame of it can be decoded')
-    return np.array(times), frames
+    times, order = np.unique(times, return_index=True)    # a damaged file's frames may come in any order
+    return times, [frames[i] for i in order]
 
 
 def _head(file):
