@@ -498,21 +498,27 @@ class Processor:
         (folder / 'chat_template.jinja').write_text(CHAT_TEMPLATE)
 
     @classmethod
-    def load(cls, folder, config, **overrides):
-        """The processor of a checkpoint folder: ours, or a llava folder of others read from its processor files."""
-        folder = Path(folder)
-        path = folder / 'processor_config.json'
+    def saved(cls, folder, config):
+        """The settings that a checkpoint folder was trained with: ours, or a llava folder of others as its processor
+        files say."""
+        path = Path(folder) / 'processor_config.json'
         theirs = read_json(path) if path.exists() else {}
         settings = theirs.get('nanomolmo2')
         if settings is None:
-            image = folder / 'preprocessor_config.json'
+            image = Path(folder) / 'preprocessor_config.json'
             image = read_json(image) if image.exists() else theirs.get('image_processor', {})
             size = image.get('crop_size' if image.get('do_center_crop', True) else 'size', config.vision.image_size)
             size = size.get('height', size.get('shortest_edge')) if isinstance(size, dict) else size
             settings = dict(image_size=size, patch_size=config.vision.patch_size, pooling=config.pooling,
                             resize='crop' if image.get('do_center_crop', True) else 'stretch',
                             image_token=theirs.get('image_token', '<|image_pad|>'))
-        return cls(folder, **{**settings, **overrides})
+        return {'video_size': settings['image_size'], 'video_pooling': settings['pooling'],
+                'point_format': cls.point_format, 'point_digits': cls.point_digits, **settings}
+
+    @classmethod
+    def load(cls, folder, config, **overrides):
+        """The processor of a checkpoint folder."""
+        return cls(folder, **{**cls.saved(folder, config), **overrides})
 
 
 def load_checkpoint(path, **settings):
@@ -577,7 +583,7 @@ def collate(rows, processor, length=0, left=False):
     batch = {'tokens': tokens, 'targets': targets, 'loss_weights': weights, 'position_ids': positions,
              'document_ids': documents, 'branch_ids': branches, 'loss_index': loss_index,
              'loss_tasks': tasks.flatten()[loss_index]}
-    batch.update(see(seen, processor))
+    batch.update(see(seen))
     batch = {k: torch.from_numpy(v) for k, v in batch.items()}
     # Plain causal attention is the mask where rows hold one document with at most one branch, and no padding in front
     batch['causal'] = int(branches.max()) <= 1 and int(documents.max()) <= 0 and not (left and (documents < 0).any())
@@ -588,18 +594,17 @@ def collate(rows, processor, length=0, left=False):
     return batch
 
 
-def see(seen, processor):
+def see(seen):
     """{grid: [(patches, pool_index, visual_index) of each example]} -> the batch's patches and frames, and the indices
     of all: pool_index counts the patches of all pictures, then those of all frames."""
     batch, pool, visual, offset = {}, [], [], 0
-    for name, grid in (('patches', processor.grid), ('frames', processor.frame_grid)):
-        for patches, index, where in seen[grid]:
+    for name, examples in zip(('patches', 'frames'), seen.values()):     # frames of the pictures' size are among them
+        for patches, index, where in examples:
             pool.append(np.where(index < 0, -1, index + offset))
             visual.append(where)
             offset += patches.shape[0] * patches.shape[1]
-        if seen[grid]:
-            batch[name] = np.concatenate([patches for patches, _, _ in seen[grid]])
-            seen[grid] = []                  # frames of the pictures' size went with them
+        if examples:
+            batch[name] = np.concatenate([patches for patches, _, _ in examples])
     if pool:
         width = max(index.shape[1] for index in pool)
         pool = [np.pad(index, ((0, 0), (0, width - index.shape[1])), constant_values=-1) for index in pool]

@@ -274,9 +274,10 @@ def drawn(row, folder):
     else:
         images = [load_image(open_media(folder, path)) for path in row['images']]
         at = [[[p for p in points if p.get('image', 0) == n] for points in (wanted, given)] for n in range(len(images))]
+    side = 192 if row['video'] else 384
     for image, (green, magenta) in zip(images, at):
-        image.thumbnail((384, 384) if not row['video'] else (192, 192))
-        yield draw_points(draw_points(enlarge(image, 192 if row['video'] else 384), green, 'green'), magenta)
+        image.thumbnail((side, side))
+        yield draw_points(draw_points(enlarge(image, side), green, 'green'), magenta)
 
 
 def report(rows, summary, datasets, title):

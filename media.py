@@ -106,10 +106,16 @@ def open_media(folder, path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
+def check_size(width, height, what):
+    if width * height > MAX_PIXELS:
+        raise BadRow('too large', f'{what} of {width} x {height} pixels (limit {MAX_PIXELS:,})')
+
+
 def load_image(source):
     """A file or a path -> upright 8-bit RGB: EXIF turned, transparency on white, 16 bits scaled, first frame."""
     try:
-        image = _checked(Image.open(source))
+        image = Image.open(source)
+        check_size(*image.size, 'a picture')
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith('I'):
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
@@ -122,12 +128,6 @@ def load_image(source):
         raise BadRow('unreadable media', 'not a picture, whatever its name says') from None
     except Exception as e:                   # a damaged file makes a decoder raise whatever comes to hand
         raise BadRow('unreadable media', f'a damaged picture ({e or type(e).__name__})') from None
-
-
-def _checked(image):
-    if image.width * image.height > MAX_PIXELS:
-        raise BadRow('too large', f'a picture of {image.width} x {image.height} pixels (limit {MAX_PIXELS:,})')
-    return image
 
 
 def _on_white(image):
@@ -146,6 +146,11 @@ def frame_times(last, max_frames, fps=2.):
     if last * fps > max_frames - 1:
         return np.linspace(0, last, max_frames)
     return np.append(np.arange(0, last, 1 / fps), last)
+
+
+def check_time(deadline):
+    if time.monotonic() > deadline:
+        raise BadRow('too slow', f'not read in {MAX_SECONDS} seconds')
 
 
 class Video:
@@ -173,8 +178,7 @@ class Video:
             if self.stream is None:
                 raise BadRow('unreadable media', 'no video in it')
             context, self.step = self.stream.codec_context, float(self.stream.time_base)
-            if context.width * context.height > MAX_PIXELS:
-                raise BadRow('too large', f'frames of {context.width} x {context.height} pixels (limit {MAX_PIXELS:,})')
+            check_size(context.width, context.height, 'frames')
             context.options = {'max_pixels': str(MAX_PIXELS)}
             context.thread_count = self.threads
             context.open()                   # before skip_frame is set: dav1d keeps what it was then
@@ -189,16 +193,12 @@ class Video:
         self.origin = ticks if self.origin is None else self.origin
         return (ticks - self.origin) * self.step
 
-    def check(self):
-        if time.monotonic() > self.deadline:
-            raise BadRow('too slow', f'not read in {MAX_SECONDS} seconds')
-
     def group(self):
         """(packets, the times they are shown at, where the next group starts). The packets go on with the next keyframe
         and those that are shown before it although they are decoded after it."""
         packets, self.ahead, size = self.ahead, [], 0
         for packet in self.packets:
-            self.check()
+            check_time(self.deadline)
             if not packet.size or packet.dts is None and packet.pts is None:
                 continue
             if self.ahead:
@@ -222,7 +222,7 @@ class Video:
         context, wanted = self.stream.codec_context, {round(t / self.step) for t in wanted}
         context.flush_buffers()
         for packet in [*packets, None]:      # None: what the decoder still holds
-            self.check()
+            check_time(self.deadline)
             if packet is not None:
                 context.skip_frame = 'DEFAULT' if round(self.time(packet) / self.step) in wanted else 'NONREF'
             try:
@@ -319,15 +319,14 @@ def _targets(last, max_frames, fps, start):
 
 def _animation(file, max_frames, fps, start, end, size):
     """`load_video` for what Pillow knows better: frames build on one another, and holes show white."""
-    image, deadline = _checked(Image.open(file)), time.monotonic() + MAX_SECONDS
-    shown, now, durations = [], 0., []
+    image, deadline = Image.open(file), time.monotonic() + MAX_SECONDS
+    check_size(*image.size, 'a picture')
+    shown, now = [], 0.
     for i in range(getattr(image, 'n_frames', 1)):        # first the times, then the pixels
         image.seek(i)
         shown.append(now)
-        durations.append(image.info.get('duration', 100) / 1000)
-        now += durations[-1]
-        if time.monotonic() > deadline:
-            raise BadRow('too slow', f'not read in {MAX_SECONDS} seconds')
+        now += image.info.get('duration', 100) / 1000
+        check_time(deadline)
     shown = [t for t in shown if end is None or t <= end]
     place = np.searchsorted(shown, _targets(shown[-1], max_frames, fps, start) + NEAR) - 1
     times, frames = [], []

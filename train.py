@@ -143,10 +143,10 @@ def build(checkpoint):
     ours = processor_settings(settings)
     if source := checkpoint or init_from and newest(init_from):
         model = load_model(source)
-        processor, before = (Processor.load(source, model.config, **given) for given in (ours, {}))
+        processor, before = Processor.load(source, model.config, **ours), Processor.saved(source, model.config)
         for name in ('image_size', 'pooling', 'video_size', 'video_pooling', 'point_format', 'point_digits'):
-            if getattr(before, name) != getattr(processor, name):
-                print(f'note: {name} is {getattr(before, name)!r} in {source} and {getattr(processor, name)!r} now')
+            if before[name] != getattr(processor, name):
+                print(f'note: {name} is {before[name]!r} in {source} and {getattr(processor, name)!r} now')
     else:
         if not (folder := tokenizer or language_weights):
             raise UserError("tokenizer, language_weights or init_from must name a folder with tokenizer.json")
@@ -464,8 +464,8 @@ def main():
                 return None
             chosen = Mixture(*zip(*held), seed)
         return Loader(chosen, processor, batch_size, num_workers if split == 'train' else 0, state,
-                                 seq_len if static_shapes or packing else 0, max_bad_fraction,
-                                 report if split == 'train' else None, packing)
+                      seq_len if static_shapes or packing else 0, max_bad_fraction,
+                      report if split == 'train' else None, packing)
 
     loader = make_loader('train', loader_state)
     held_out = eval_interval and make_loader('validation')

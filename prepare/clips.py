@@ -8,8 +8,8 @@ from fractions import Fraction
 
 import av
 import numpy as np
-from shapes import (COLOURS, KINDS, RADIUS, a_phrase, article, ask, background, draw_shapes, held_scene, in_validation,
-                    matches, name, outline, save_picture, shade)
+from shapes import (COLOURS, KINDS, RADIUS, a_phrase, article, ask, ask_points, background, draw_shapes, held_scene,
+                    in_validation, matches, name, outline, save_picture, shade, without_outlines)
 
 RATE = 4                       # frames a second in the file; the model sees two
 SIZES = ((96, 96), (112, 96), (96, 112), (128, 96))
@@ -160,18 +160,14 @@ def converse(clip, rng):
         found = [o for o in shapes if matches(o, what)]
         points = [place(o, o['start'], id=i, moments=[with_polygon(o, t) for t in seen_at(o, duration)])
                   for i, o in enumerate(found, start=1)]
-        message = {'role': 'assistant', 'content': '', 'points': {'label': what, 'points': points}}
-        asked = {'role': 'user', 'content': f'Point to every {what}.'}
-        branches.append({'task': 'pointing', 'messages': [asked, message]})
+        branches.append(ask_points('pointing', f'Point to every {what}.', what, points))
     step = next(s for s in (.5, 1., 2., 4., 8.) if duration / s <= 10)
     for what in [w for w in phrases if 1 <= sum(matches(o, w) for o in shapes) <= 2][:2]:
         found = [o for o in shapes if matches(o, what)]
         places = [with_polygon(o, t, id=i) for t in np.arange(0, duration + .01, step).tolist()
                   for i, o in enumerate(found, start=1) if t in seen_at(o, duration, step)]
         if places:
-            question = f'Track every {what}, every {step:.1f} s.'
-            message = {'role': 'assistant', 'content': '', 'points': {'label': what, 'points': places}}
-            branches.append({'task': 'tracking', 'messages': [{'role': 'user', 'content': question}, message]})
+            branches.append(ask_points('tracking', f'Track every {what}, every {step:.1f} s.', what, places))
     asked = motion_questions(clip)
     for i in rng.permutation(len(asked))[:3]:
         branches.append(ask('qa', *asked[i], answers=[asked[i][1]]))
@@ -197,10 +193,8 @@ def clip_row(which, low, high, folder, split, i, args):
                 f.write('\n'.join(f'{n}\n{stamp(c["start"])} --> {stamp(c["end"])}\n{c["text"]}\n'
                                   for n, c in enumerate(row['subtitles'], start=1)))
             row['subtitles'] = f'media/{stem}.srt'
-    if split == 'train':                     # for scoring only
-        for point in (p for c in row['conversations'] for p in c['messages'][-1].get('points', {}).get('points', [])):
-            point.pop('polygon', None)
-            point.pop('moments', None)
+    if split == 'train':
+        without_outlines(row['conversations'])
     return row
 
 
@@ -235,10 +229,9 @@ def many_row(folder, split, i, args):
                    polygon=[(round(x, 4), round(y, 4)) for x, y in o['polygon']])
               for n, shapes in enumerate(pictures) for o in shapes if matches(o, what)]
     points = [dict(p, id=k) for k, p in enumerate(points, start=1)]
+    branches = [ask_points('pointing', f'Point to every {what}.', what, points)]
     if split == 'train':
-        points = [{k: v for k, v in p.items() if k != 'polygon'} for p in points]
-    message = {'role': 'assistant', 'content': '', 'points': {'label': what, 'points': points}}
-    branches = [{'task': 'pointing', 'messages': [{'role': 'user', 'content': f'Point to every {what}.'}, message]}]
+        without_outlines(branches)
     once = [(name(o), n) for n, shapes in enumerate(pictures) for o in shapes
             if sum(name(o) == name(p) for p in everything) == 1]
     for k in rng.permutation(len(once))[:2]:

@@ -198,6 +198,20 @@ def ask(task, question, answer, **extra):
             **extra}
 
 
+def ask_points(task, question, what, points):
+    conversation = ask(task, question, '')
+    conversation['messages'][-1]['points'] = {'label': what, 'points': points}
+    return conversation
+
+
+def without_outlines(conversations):
+    """As training needs them: outlines and moments are for scoring only, and three quarters of the file."""
+    for point in (p for c in conversations for p in c['messages'][-1].get('points', {}).get('points', [])):
+        point.pop('polygon', None)
+        point.pop('moments', None)
+    return conversations
+
+
 def a_phrase(shapes, rng, absent=.2):
     """Something to point to or to count; with probability `absent` something that need not be there."""
     o = shapes[rng.integers(len(shapes))]
@@ -212,8 +226,7 @@ def pointing(shapes, what, rng):
                                                                           o['polygon']])
               for i, o in enumerate((o for o in shapes if matches(o, what)), start=1)]
     question = ('Point to every {}.', 'Point to each {}.', 'Where is every {}?')[rng.integers(3)].format(what)
-    message = {'role': 'assistant', 'content': '', 'points': {'label': what, 'points': points}}
-    return {'task': 'pointing', 'messages': [{'role': 'user', 'content': question}, message]}
+    return ask_points('pointing', question, what, points)
 
 
 def counting(shapes, what):
@@ -291,9 +304,8 @@ def shapes_row(folder, split, i, args):
     picture = draw_shapes(background(scene['width'], scene['height'], rng), shapes, rng)
     file = save_picture(picture, os.path.join(folder, 'media', f'{split}-{i:06d}'), rng)
     conversations = converse(shapes, args, rng)
-    if split == 'train':  # polygons are for scoring only, and three quarters of the file
-        for point in (p for c in conversations for p in c['messages'][-1].get('points', {}).get('points', [])):
-            del point['polygon']
+    if split == 'train':
+        without_outlines(conversations)
     return {'id': f'{split}-{i:06d}', 'images': ['media/' + file], 'conversations': conversations}
 
 

@@ -21,7 +21,7 @@ import data  # noqa: E402
 import model as m  # noqa: E402
 from data import BadRow, Dataset, Loader, Mixture, Processor, collate  # noqa: E402
 from model import UserError  # noqa: E402
-from test_media import clip  # noqa: E402
+from test_media import clip, quarters  # noqa: E402
 
 
 # -- points
@@ -163,14 +163,6 @@ def test_any_record_is_an_example_or_a_bad_row(world, tmp_path_factory, record):
 
 
 # -- examples
-
-def quarters(mode='RGB'):
-    """40 x 20: red top left, blue top right, black below."""
-    image = Image.new('RGB', (40, 20))
-    image.paste((255, 0, 0), (0, 0, 20, 10))
-    image.paste((0, 0, 255), (20, 0, 40, 10))
-    return image.convert(mode)
-
 
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):
