@@ -112,8 +112,8 @@ class Dataset:
     """A JSONL file as a sequence of records. The byte offsets of its lines are found once and kept beside it, in a file
     that is mapped and not read: ten million rows cost no memory."""
 
-    def __init__(self, folder, split='train', cap=None, loss_weight=1.):
-        self.folder, self.cap, self.loss_weight = Path(folder), cap, loss_weight
+    def __init__(self, folder, split='train', cap=None, loss_weight=1., token_weight=None):
+        self.folder, self.cap, self.loss_weight, self.token_weight = Path(folder), cap, loss_weight, token_weight
         self.name = self.folder.name
         self.path = self.folder / f'{split}.jsonl'
         if not self.path.is_file():
@@ -300,6 +300,7 @@ class Processor:
     point_digits = 3
     task_weights = {}
     length_weighting = False       # weight / sqrt(tokens of the answer)
+    branch_weighting = False       # weight / sqrt(conversations of the row)
 
     def __init__(self, tokenizer_folder, image_size, patch_size, pooling, seq_len=4096, **settings):
         if unknown := [k for k in settings if not hasattr(type(self), k)]:
@@ -339,9 +340,11 @@ class Processor:
         self.frame_tokens = len(self.clock(99999)) + sum(map(len, self.around)) + len(self.frame_window)
 
     def token_ids(self):
-        """The ids that a model's Config holds."""
+        """The ids that a model's Config holds; those that see one another in the order of molmo2's."""
+        (start, *_), (end, *_) = (side or [self.image_pad] for side in self.around)
+        visual = start, end, self.image_pad, self.image_pad, start, self.video_pad, start, end
         return {'image_token_id': self.image_pad, 'video_token_id': self.video_pad, 'eos_token_id': self.im_end,
-                'pad_token_id': self.pad}
+                'pad_token_id': self.pad, 'visual_token_ids': visual}
 
     def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -463,6 +466,8 @@ class Processor:
         if len(e.tokens) == shared:
             raise BadRow('too long', f'{shared} tokens of pictures and a shortest conversation of {min(lengths)} do '
                                      f'not fit seq_len {self.seq_len}')
+        if self.branch_weighting:
+            e.weights = [w / e.branches[-1] ** .5 for w in e.weights]
         return e
 
     def prompt(self, messages, **media):
@@ -645,8 +650,10 @@ def mixture_rates(mixture, sizes):
     """{dataset: rate} of a config's `mixture` and the numbers of rows. Its entries are
 
     name: rate                             a dataset with a rate of its own
-    group: {'rate': rate, 'sets': {name: {}, name: {'cap': 60_000, 'factor': 1.5, 'loss_weight': .1}, ..}}
-                                           sets share the group's rate as sqrt(rows, at most cap) x factor
+    group: {'rate': rate, 'sets': {name: {}, name: {'cap': 60_000, 'factor': 1.5}, ..}}
+                                           sets share the group's rate as sqrt(rows, at most cap) x factor; further
+                                           options: loss_weight multiplies the loss of a set's tokens, token_weight
+                                           replaces all other weights of theirs, size is for the table (mixture_table)
 
     and all rates are divided by their sum (allenai/molmo2 data_loader.py, _build_mixture). One group of rate 1 is the
     plain sqrt-proportional rule, w_i = sqrt(n_i) / sum of sqrt(n_j).
@@ -664,7 +671,7 @@ def mixture_rates(mixture, sizes):
 
 def mixture_sets(mixture):
     """{dataset: its options} of a config's `mixture`; a mistake in it is told in one line."""
-    sets, known = {}, ('cap', 'factor', 'loss_weight', 'size')
+    sets, known = {}, ('cap', 'factor', 'loss_weight', 'token_weight', 'size')
     for key, group in mixture.items():
         if isinstance(group, dict) and (set(group) != {'rate', 'sets'} or not group['sets']):
             raise UserError(f"mixture['{key}'] is a group: {{'rate': .5, 'sets': {{name: {{}}, ...}}}}")
@@ -682,7 +689,7 @@ def open_mixture(mixture, data_dir, seed=0):
     sets = mixture_sets(mixture)
     if not sets:
         raise UserError("mixture is empty: name datasets and rates, as config/demo_stage1.py does")
-    datasets = {name: Dataset(Path(data_dir) / name, cap=o.get('cap'), loss_weight=o.get('loss_weight', 1.))
+    datasets = {name: Dataset(Path(data_dir) / name, **{k: v for k, v in o.items() if k not in ('factor', 'size')})
                 for name, o in sets.items()}
     rates = mixture_rates(mixture, {name: dataset.rows for name, dataset in datasets.items()})
     return Mixture(list(datasets.values()), [rates[name] for name in datasets], seed)
@@ -757,7 +764,9 @@ class _Rows(torch.utils.data.Dataset):
         dataset = self.mixture.datasets[d]
         try:
             example = self.processor.example(dataset[row], dataset.folder)
-            if dataset.loss_weight != 1:
+            if dataset.token_weight is not None:
+                example.weights = [dataset.token_weight if w else 0. for w in example.weights]
+            elif dataset.loss_weight != 1:
                 example.weights = [w * dataset.loss_weight for w in example.weights]
             return draw, example
         except BadRow as e:
@@ -900,7 +909,7 @@ def mask_picture(examples, length, visual_ids, side=512):
 def processor_settings(settings):
     """What a config says about the Processor."""
     names = ('image_size', 'pooling', 'video_size', 'video_pooling', 'max_frames', 'fps', 'seq_len', 'point_format',
-             'point_digits', 'task_weights', 'length_weighting')
+             'point_digits', 'task_weights', 'length_weighting', 'branch_weighting')
     return {k: settings[k] for k in names}
 
 

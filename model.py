@@ -157,7 +157,7 @@ class Config:
         if isinstance(self.language, dict):
             self.language = LanguageConfig(**self.language)
         self.connector_size = self.connector_size or self.language.intermediate_size
-        self.visual_token_ids = tuple(self.visual_token_ids) or (MOLMO2_VISUAL_IDS if self.recipe == 'molmo2' else ())
+        self.visual_token_ids = tuple(self.visual_token_ids or MOLMO2_VISUAL_IDS) if self.recipe == 'molmo2' else ()
         for name, value, known in (('recipe', self.recipe, ('nano', 'molmo2')),
                                    ('connector', self.connector, ('linear', 'mlp', 'molmo2'))):
             if value not in known:
@@ -553,10 +553,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.hidden_size)
 
-    def forward(self, x, rotary, mask, cache=None, layer=0, rows=None):
+    def forward(self, x, rotary, mask, cache=None, layer=0, rows=None, dropout=0.):
         attended = self.self_attn(self.input_layernorm(x), rotary, mask, cache, layer, rows)
-        x = (x if rows is None else x.flatten(0, 1).index_select(0, rows)) + attended
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = (x if rows is None else x.flatten(0, 1).index_select(0, rows)) + F.dropout(attended, dropout)
+        return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), dropout)
 
 
 class Decoder(nn.Module):
@@ -564,12 +564,13 @@ class Decoder(nn.Module):
 
     With `rows` the last block drops the other tokens once they have been attended to: nobody reads what they become.
     `recompute` = n > 0 keeps only the inputs of every n-th block for the backward pass and computes the rest again.
+    `dropout` is the share of what a block adds that is dropped in training.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.recompute = 0
+        self.recompute, self.dropout = 0, 0.
         self.embed_tokens = nn.Embedding(config.vocab_size + config.extra_vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -577,31 +578,33 @@ class Decoder(nn.Module):
     def forward(self, x, position_ids, mask, cache=None, rows=None):
         rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta)
         rotary = [t.to(compute_dtype(x)) for t in rotary]   # as queries and keys: no wider products, no copies
+        dropout = self.dropout if self.training else 0.
         for i, block in enumerate(self.layers):
             keep = rows if i == len(self.layers) - 1 else None
             if self.recompute and torch.is_grad_enabled() and i % self.recompute == 0:
-                x = checkpoint(block, x, rotary, mask, None, i, keep, use_reentrant=False)
+                x = checkpoint(block, x, rotary, mask, None, i, keep, dropout, use_reentrant=False)
             else:
-                x = block(x, rotary, mask, cache, i, keep)
+                x = block(x, rotary, mask, cache, i, keep, dropout)
         if cache is not None:
             cache.length += position_ids.shape[1]
         return self.norm(x)
 
 
 class WeightedCrossEntropy(torch.autograd.Function):
-    """sum of loss_weights x cross entropy, and each token's cross entropy, never holding [N, vocabulary] at once.
+    """sum of loss_weights x (cross entropy + z_loss x logsumexp^2), and each token's cross entropy, never holding
+    [N, vocabulary] at once.
 
-    The gradient of a sum of weighted cross entropies is known as soon as the logits are: (softmax - one hot) x weight.
-    So each chunk's logits become their own gradient in place and go through both products at once: three products as
-    in the plain way, nothing recomputed, and `chunk` rows of logits instead of N.
+    The gradient of this sum is known as soon as the logits are: (softmax x (1 + 2 z_loss logsumexp) - one hot) x
+    weight. So each chunk's logits become their own gradient in place and go through both products at once: three
+    products as in the plain way, nothing recomputed, and `chunk` rows of logits instead of N.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, loss_weights, chunk):
+    def forward(ctx, hidden, weight, targets, loss_weights, chunk, z_loss=0.):
         # hidden [N, D], weight [V, D], targets [N], loss_weights [N] float32
         dtype = compute_dtype(hidden)
         hidden_, weight_ = hidden.to(dtype), weight.to(dtype)
-        nll = torch.empty(len(hidden), device=hidden.device)
+        nll, z = (torch.empty(len(hidden), device=hidden.device) for _ in range(2))
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
@@ -610,10 +613,12 @@ class WeightedCrossEntropy(torch.autograd.Function):
             logits, target = (hidden_[rows] @ weight_.T).float(), targets[rows, None]        # [chunk, V], [chunk, 1]
             at_target, highest = logits.gather(1, target), logits.amax(1, keepdim=True)
             total = logits.sub_(highest).exp_().sum(1, keepdim=True)
-            nll[rows] = (total.log() + highest - at_target)[:, 0]
+            z[rows] = (total.log() + highest)[:, 0]
+            nll[rows] = z[rows] - at_target[:, 0]
             if needs_hidden or needs_weight:
                 scale = loss_weights[rows, None]
-                grad = logits.mul_(scale / total).scatter_add_(1, target, -scale).to(dtype)
+                logits.mul_(scale * (1 + 2 * z_loss * z[rows, None]) / total)
+                grad = logits.scatter_add_(1, target, -scale).to(dtype)
                 if needs_hidden:
                     grad_hidden[rows] = grad @ weight_
                 if needs_weight:
@@ -621,13 +626,13 @@ class WeightedCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(nll)
-        return (nll * loss_weights).sum(), nll
+        return ((nll + z_loss * z.square()) * loss_weights).sum(), nll
 
     @staticmethod
     def backward(ctx, grad, _):
         grad_hidden, grad_weight = ctx.saved_tensors
         return (None if grad_hidden is None else grad_hidden * grad,
-                None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype), None, None, None)
+                None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype), None, None, None, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -656,6 +661,7 @@ class VLM(nn.Module):
         if not config.language.tie_word_embeddings:
             self.lm_head = nn.Linear(config.language.hidden_size, config.language.vocab_size, bias=False)
         self.chunk = 1024                  # rows of logits alive at once
+        self.z_loss = 0.
         self.set_buffers()
 
     def set_buffers(self):
@@ -744,7 +750,8 @@ class VLM(nn.Module):
         """The training loss: (sum of loss_weights x cross entropy, cross entropy of each of loss_index [N])."""
         where = batch['loss_index']
         targets, weights = (batch[k].flatten()[where] for k in ('targets', 'loss_weights'))
-        return WeightedCrossEntropy.apply(self.hidden(batch, where), self.output_weight(), targets, weights, self.chunk)
+        return WeightedCrossEntropy.apply(self.hidden(batch, where), self.output_weight(), targets, weights, self.chunk,
+                                          self.z_loss)
 
     @torch.inference_mode()
     def generate(self, batch, max_new_tokens, temperature=0., top_k=0, top_p=1., seed=0):

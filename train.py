@@ -34,6 +34,8 @@ tokenizer = ''                 # folder with tokenizer.json; '' takes init_from'
 train_vision = False           # frozen parts cost no gradients and no optimiser state
 train_connector = True
 train_language = True
+train_embedding = True         # False keeps the table of token embeddings, and with it a tied output, as it was
+residual_dropout = 0.0         # of what each decoder block adds
 # -- data
 data_dir = 'data'
 mixture = {}                   # folder under data_dir -> rate, or groups with sqrt inside (data.py, mixture_rates)
@@ -52,6 +54,8 @@ point_format = 'point'         # point | molmo2 (data.py, format_points)
 point_digits = 3               # decimals of a coordinate in the point format
 task_weights = {'captioning': 1.0, 'qa': 1.0, 'counting': 1.5, 'pointing': 2.0, 'tracking': 2.0}
 length_weighting = False       # weight / sqrt(tokens of the answer)
+branch_weighting = False       # weight / sqrt(conversations of the row)
+z_loss = 0.0                   # times log(sum of exp(logits))^2 is added: keeps logits near 0 (PaLM, section 5)
 max_bad_fraction = 0.1         # stop when more rows than this cannot be used
 # -- optimiser
 optimizer = 'adamw'            # adamw | muon (Muon for the matrices inside blocks, AdamW for the rest)
@@ -64,8 +68,11 @@ beta2 = 0.95
 epsilon = 1e-8
 weight_decay = 0.0
 grad_clip = 1.0                # largest norm of the gradient; 0 does not clip
+clip_parts = False             # vision, connector and language each by its own norm
 schedule = 'cosine'            # cosine | linear | constant | inverse_sqrt, after the warm-up
 warmup_steps = 2000
+vision_warmup_steps = 0        # 0: warmup_steps
+connector_warmup_steps = 0     # 0: warmup_steps
 max_steps = 100000
 min_lr_ratio = 0.1             # where cosine and linear end, as a share of the peak
 max_nonfinite = 10             # stop after so many steps in a row whose gradient was not finite
@@ -104,15 +111,15 @@ def cosine(x):
     return (1 + math.cos(math.pi * x)) / 2
 
 
-def get_lr_scale(step):
-    """Share of the peak learning rate at `step`, counted from 0."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    x = min(1, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+def get_lr_scale(step, warmup):
+    """Share of the peak learning rate at `step`, counted from 0, of a part that warms up for `warmup` steps."""
+    if step < warmup:
+        return (step + 1) / warmup
+    x = min(1, (step - warmup) / max(1, max_steps - warmup))
     if schedule == 'constant':
         return 1.
     if schedule == 'inverse_sqrt':
-        return (max(1, warmup_steps) / (step + 1)) ** .5
+        return (max(1, warmup) / (step + 1)) ** .5
     return min_lr_ratio + (1 - min_lr_ratio) * (cosine(x) if schedule == 'cosine' else 1 - x)
 
 
@@ -130,7 +137,9 @@ def set_trained(model):
     for part, trained in zip(model.parts().values(), (train_vision, train_connector, train_language)):
         for p in part:
             p.requires_grad_(trained)
-    model.language_model.recompute = recompute
+    model.language_model.embed_tokens.requires_grad_(train_language and train_embedding)
+    model.language_model.recompute, model.language_model.dropout = recompute, residual_dropout
+    model.z_loss = z_loss
     return model
 
 
@@ -163,46 +172,55 @@ def build(checkpoint):
 
 
 def make_optimizers(model):
-    """[AdamW, perhaps Muon] with a group for each part; frozen parts are in none."""
+    """An AdamW for each part that is trained, and a Muon for the matrices inside its blocks if asked for."""
     rates = {'vision': vision_learning_rate, 'connector': connector_learning_rate, 'language': learning_rate}
+    warmups = {'vision': vision_warmup_steps, 'connector': connector_warmup_steps, 'language': warmup_steps}
     tables = ('embed_tokens', 'position_embedding', 'lm_head')      # rows looked up, not directions mapped
     hidden = {id(p) for n, p in model.named_parameters() if p.ndim == 2 and not any(t in n for t in tables)}
-    adamw, muon = [], []
+    optimizers = []
     for part, parameters in model.parts().items():
         trained = [p for p in parameters if p.requires_grad]
-        by_muon = [p for p in trained if id(p) in hidden] if optimizer == 'muon' else []
+        by_muon = [p for p in trained if optimizer == 'muon' and id(p) in hidden]
         rest = [p for p in trained if not (by_muon and id(p) in hidden)]
+        common = {'part': part, 'warmup': warmups[part] or warmup_steps}
         if rest:
-            adamw.append({'params': rest, 'peak': rates[part] or learning_rate, 'name': part})
+            group = {'params': rest, 'peak': rates[part] or learning_rate, **common}
+            optimizers.append(torch.optim.AdamW([group], lr=0., betas=(beta1, beta2), eps=epsilon,
+                                                weight_decay=weight_decay, fused=True))
         if by_muon:
-            muon.append({'params': by_muon, 'peak': muon_learning_rate or learning_rate, 'name': f'{part} (muon)'})
-    out = [torch.optim.AdamW(adamw, lr=0., betas=(beta1, beta2), eps=epsilon, weight_decay=weight_decay, fused=True)]
-    if muon:
-        out.append(torch.optim.Muon(muon, lr=0., weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw'))
-    return out
+            group = {'params': by_muon, 'peak': muon_learning_rate or learning_rate, **common}
+            optimizers.append(torch.optim.Muon([group], lr=0., weight_decay=weight_decay,
+                                               adjust_lr_fn='match_rms_adamw'))
+    return optimizers
 
 
-def step_optimizers(optimizers, parameters, lr_scale):
+def step_optimizers(optimizers, step):
     """Clips, steps and clears. Returns (gradient norm, 1. if it was not finite: then nothing was changed).
 
     Nothing here waits for the device: fused AdamW divides by `grad_scale` and leaves weights, moments and step count
     alone where `found_inf` is set, which is how a GradScaler talks to it.
     """
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    bad = (~torch.isfinite(norm)).float()
-    scale = (norm / grad_clip).clamp(min=1.) if grad_clip else torch.ones_like(norm)
+    gradients = {}                           # clipped by one norm, or each part by its own
+    for group in (opt.param_groups[0] for opt in optimizers):
+        gradients.setdefault(group['part'] if clip_parts else 'all', []).extend(
+            p.grad for p in group['params'] if p.grad is not None)
+    norms = {part: torch.nn.utils.get_total_norm(g) for part, g in gradients.items() if g}
+    total = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+    bad = (~torch.isfinite(total)).float()
     for opt in optimizers:
-        for group in opt.param_groups:
-            group['lr'] = group['peak'] * lr_scale
+        group = opt.param_groups[0]
+        group['lr'] = group['peak'] * get_lr_scale(step, group['warmup'])
+        norm = norms.get(group['part'] if clip_parts else 'all', total)
+        scale = (norm / grad_clip).clamp(min=1.) if grad_clip else torch.ones_like(norm)
         if isinstance(opt, torch.optim.AdamW):
             opt.grad_scale, opt.found_inf = scale, bad
             opt.step()
-        elif not bad:                        # Muon knows no found_inf: one wait for the device a step
-            if gradients := [p.grad for group in opt.param_groups for p in group['params'] if p.grad is not None]:
-                torch._foreach_div_(gradients, scale)
+        elif not bad:                        # Muon knows no found_inf: a wait for the device
+            if moved := [p.grad for p in group['params'] if p.grad is not None]:
+                torch._foreach_div_(moved, scale)
             opt.step()
         opt.zero_grad(set_to_none=True)
-    return norm, bad
+    return total, bad
 
 
 # bfloat16 products a second without sparsity, from the makers' data sheets; a device not listed gets no MFU
@@ -350,7 +368,8 @@ def plan(dev, amp, checkpoint):
         source = checkpoint or init_from and newest(init_from)
         model = VLM(from_hf(read_json(source / 'config.json'))) if source and source.is_dir() else new_model()
     missing = [Path(data_dir) / name / 'train.jsonl' for name in mixture_sets(mixture)]
-    missing += [Path(folder) for folder in (init_from, vision_weights, language_weights, tokenizer) if folder]
+    folders = [init_from] if init_from else [vision_weights, language_weights, tokenizer]
+    missing += [Path(folder) for folder in folders if folder]
     print_plan(set_trained(model), dev, amp, checkpoint)
     missing = [path for path in missing if not path.exists()]
     print('\n'.join(f'missing: {path}' for path in missing) or 'nothing is missing')
@@ -360,8 +379,9 @@ def print_plan(model, dev, amp, checkpoint):
     """What was decided, once, before the long silence."""
     print(f"{'part':<12}{'parameters':>14}")
     for part, parameters in model.parts().items():
-        print(f"{part:<12}{sum(p.numel() for p in parameters):>14,}  "
-              f"{'trained' if parameters[0].requires_grad else 'frozen'}")
+        total, trained = (sum(p.numel() for p in parameters if p.requires_grad or every) for every in (True, False))
+        print(f"{part:<12}{total:>14,}  " + ('frozen' if not trained else 'trained' if trained == total else
+                                             f'{trained:,} trained'))
     rows = batch_size * accumulation
     print('\n'.join(mixture_table(mixture, data_dir, max_steps * rows)))
     if packing:
@@ -437,7 +457,6 @@ def main():
     model, processor = build(checkpoint)
     print_plan(model, dev, amp, checkpoint)
     model.to(dev).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers = make_optimizers(model)
     step, loader_state = load_state(checkpoint, optimizers) if checkpoint else (0, None)
     if compile:
@@ -497,8 +516,7 @@ def main():
             (weighted / total_weight).backward()
             loss = loss + weighted.detach() / total_weight
             sums = sums + task_sums(nll, micro['loss_tasks'])
-        lr_scale = get_lr_scale(step)
-        norm, bad = step_optimizers(optimizers, parameters, lr_scale)
+        norm, bad = step_optimizers(optimizers, step)
         nonfinite = torch.stack([(nonfinite[0] + 1) * bad, nonfinite[1] + bad])
         step += 1
 
@@ -506,7 +524,7 @@ def main():
         now = time.perf_counter()
         seconds, clock = now - clock, now
         tokens = sum(m['n_tokens'] for m in micros)
-        record = {'step': step, 'loss': loss, 'sums': sums, 'lr': learning_rate * lr_scale, 'grad_norm': norm,
+        record = {'step': step, 'loss': loss, 'sums': sums, 'lr': learning_rate * get_lr_scale(step - 1, warmup_steps), 'grad_norm': norm,
                   'nonfinite': nonfinite[1], 'seconds': seconds, 'minutes': (now - started) / 60, 'data_wait': waited,
                   'tokens': tokens, 'loss_tokens': sum(len(m['loss_index']) for m in micros),
                   'visual_tokens': sum(len(m.get('visual_index', ())) for m in micros),

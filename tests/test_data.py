@@ -212,6 +212,11 @@ def test_length_weighting(world, two_branches):
     assert answer == pytest.approx([len(answer) ** -.5] * len(answer))
 
 
+def test_branch_weighting(world, two_branches):
+    plain, e = (make_processor(world, branch_weighting=b).example(*two_branches) for b in (False, True))
+    assert e.weights == pytest.approx([w * 2 ** -.5 for w in plain.weights])
+
+
 def test_what_does_not_fit_is_left_out(world, two_branches):
     whole = make_processor(world).example(*two_branches)
     second = whole.branches.count(2)
@@ -444,6 +449,18 @@ def test_a_cap_takes_some_rows_and_always_the_same(tmp_path):
     table = data.mixture_table({**mixture, 'gone': {'rate': 1, 'sets': {'c': {'size': 1600}}}}, tmp_path, 1000)
     assert any(line.split() == ['a', '40', '6', '13.37%', '134', '3.34'] for line in table), table
     assert any(line.split()[:4] == ['c', '*', '1,600', '40'] for line in table) and table[-1].startswith('*')
+
+
+def test_weights_of_a_dataset(world, two_branches):
+    record, folder = two_branches
+    write(folder / 'set', [json.dumps(record)])
+    (folder / 'a.png').rename(folder / 'set/a.png')
+
+    def weights(**options):
+        mixture = {'g': {'rate': 1, 'sets': {'set': options}}}
+        reader = data._Rows(data.open_mixture(mixture, folder), make_processor(world, task_weights={'qa': 3.}))
+        return set(reader[(0, 0, 0)][1].weights)
+    assert weights() == {0., 1., 3.} and weights(loss_weight=.5) == {0., .5, 1.5} and weights(token_weight=.2) == {0., .2}
 
 
 def test_ten_million_rows_take_no_memory():

@@ -627,8 +627,8 @@ def test_molmo2_documents_do_not_mix():
 # ---------------------------------------------------------------------------------------------------------------------
 # Loss and gradients
 
-@pytest.mark.parametrize('chunk', [1000, 7, 3])
-def test_weighted_cross_entropy(chunk):
+@pytest.mark.parametrize('chunk,z_loss', [(1000, 0.), (7, 0.), (3, .01)])
+def test_weighted_cross_entropy(chunk, z_loss):
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(20, 16, generator=generator), torch.randn(50, 16, generator=generator)
     targets, weights = torch.randint(0, 50, (20,), generator=generator), torch.rand(20, generator=generator)
@@ -637,23 +637,23 @@ def test_weighted_cross_entropy(chunk):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         if plain:
             nll = F.cross_entropy(h @ w.T, targets, reduction='none')
-            loss = (nll * weights).sum()
+            loss = ((nll + z_loss * (h @ w.T).logsumexp(1) ** 2) * weights).sum()
         else:
-            loss, nll = m.WeightedCrossEntropy.apply(h, w, targets, weights, chunk)
+            loss, nll = m.WeightedCrossEntropy.apply(h, w, targets, weights, chunk, z_loss)
         (3 * loss).backward()
         results.append((loss, nll, h.grad, w.grad))
     for a, b in zip(*results):
         assert difference(a, b) < 1e-6 * a.abs().max()     # measured 3e-7
     with torch.autocast('cpu', torch.bfloat16):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss, nll = m.WeightedCrossEntropy.apply(h, w, targets, weights, chunk)
+        loss, nll = m.WeightedCrossEntropy.apply(h, w, targets, weights, chunk, z_loss)
     (3 * loss).backward()
     assert h.grad.dtype == w.grad.dtype == nll.dtype == torch.float32
     for a, b in zip(results[0], (loss, nll, h.grad, w.grad)):
         assert difference(a, b) < 0.02 * a.abs().max()     # measured 0.006: eight bits of mantissa
     for which in range(2):                 # one of the two frozen
         h, w = hidden.clone().requires_grad_(which == 0), weight.clone().requires_grad_(which == 1)
-        m.WeightedCrossEntropy.apply(h, w, targets, weights, chunk)[0].backward()
+        m.WeightedCrossEntropy.apply(h, w, targets, weights, chunk, z_loss)[0].backward()
         assert difference(3 * (h.grad if which == 0 else w.grad), results[0][2 + which]) < 1e-5
 
 
@@ -691,10 +691,15 @@ def test_forward_is_the_weighted_loss(config):
 def test_recompute_gives_the_same_gradients(every):
     model = ours(tiny())
     batch = training_batch(model.config)
-    loss, grads = gradients(model, batch)
-    model.language_model.recompute = every
-    again, grads_again = gradients(model, batch)
+    model.language_model.dropout = .3
+    results = []
+    for model.language_model.recompute in (0, every):
+        torch.manual_seed(0)
+        results.append(gradients(model.train(), batch))
+    (loss, grads), (again, grads_again) = results
     assert loss == again and all(torch.equal(grads[n], grads_again[n]) for n in grads)
+    assert loss != gradients(model, batch)[0]              # other random numbers drop other things,
+    assert gradients(model.eval(), batch)[0] == gradients(model, batch)[0] != loss       # and evaluation drops nothing
 
 
 def test_frozen_vision_gets_no_gradient():

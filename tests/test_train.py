@@ -179,7 +179,7 @@ def test_a_non_finite_gradient_never_reaches_the_weights(optimizer, monkeypatch)
         for p in parameters:
             p.grad = torch.randn_like(p)
         parameters[5].grad.view(-1)[0] = value
-        return train.step_optimizers(optimizers, parameters, 1.)
+        return train.step_optimizers(optimizers, 0)
     assert step(1.)[1] == 0
     for poison in (float('nan'), float('inf')):
         before = state()
@@ -189,41 +189,46 @@ def test_a_non_finite_gradient_never_reaches_the_weights(optimizer, monkeypatch)
     assert step(1.)[1] == 0 and not all(torch.equal(a, b) for a, b in zip(before, state()))
 
 
-def test_clipping_by_grad_scale_is_clipping(monkeypatch):
-    """Fused AdamW divides by grad_scale; the same step with clip_grad_norm_ and no scale gives the same weights."""
-    monkeypatch.setattr(train, 'grad_clip', .5)
-    monkeypatch.setattr(train, 'optimizer', 'adamw')
+@pytest.mark.parametrize('parts', [False, True])
+def test_clipping_by_grad_scale_is_clipping(monkeypatch, parts):
+    """Fused AdamW divides by grad_scale; the same step with clip_grad_norm_ and no scale gives the same weights, with
+    one norm and with a norm for each part."""
+    for name, value in dict(grad_clip=.5, optimizer='adamw', clip_parts=parts, warmup_steps=10, vision_warmup_steps=5,
+                            learning_rate=1e-3, connector_learning_rate=2e-3).items():
+        monkeypatch.setattr(train, name, value)
     results = []
     for ours in (True, False):
         torch.manual_seed(0)
         vlm = model_module.VLM(model_module.make_config(eval(TINY['vision']), eval(TINY['language']), pooling=1))
         vlm.init_weights()
         parameters = list(vlm.parameters())
-        opt = train.make_optimizers(vlm)
+        by_part = list(vlm.parts().values())
+        optimizers = train.make_optimizers(vlm)
         for _ in range(3):
-            for p in parameters:
-                p.grad = torch.randn_like(p)
+            for i, p in enumerate(parameters):
+                p.grad = torch.randn_like(p) * (i + 1)
             if ours:
-                train.step_optimizers(opt, parameters, .7)
-            else:
-                torch.nn.utils.clip_grad_norm_(parameters, .5)
-                for group in opt[0].param_groups:
-                    group['lr'] = group['peak'] * .7
-                opt[0].step()
+                train.step_optimizers(optimizers, 3)
+                continue
+            for group in by_part if parts else [parameters]:
+                torch.nn.utils.clip_grad_norm_(group, .5)
+            for opt, rate in zip(optimizers, (1e-3 * 4 / 5, 2e-3 * 4 / 10, 1e-3 * 4 / 10), strict=True):
+                opt.param_groups[0]['lr'] = rate
+                opt.step()
         results.append([p.detach().clone() for p in parameters])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_schedules(monkeypatch):
-    for name, value in dict(warmup_steps=10, max_steps=110, min_lr_ratio=.1, learning_rate=1.).items():
+    for name, value in dict(max_steps=110, min_lr_ratio=.1).items():
         monkeypatch.setattr(train, name, value)
     for schedule, middle, end in (('cosine', .55, .1), ('linear', .55, .1), ('constant', 1, 1),
                                   ('inverse_sqrt', (10 / 61) ** .5, (10 / 111) ** .5)):
         monkeypatch.setattr(train, 'schedule', schedule)
-        assert train.get_lr_scale(0) == .1 and train.get_lr_scale(9) == 1
-        assert train.get_lr_scale(60) == pytest.approx(middle, abs=1e-6)
-        assert train.get_lr_scale(110) == pytest.approx(end, abs=1e-6)
+        assert train.get_lr_scale(0, 10) == .1 and train.get_lr_scale(9, 10) == 1
+        assert train.get_lr_scale(60, 10) == pytest.approx(middle, abs=1e-6)
+        assert train.get_lr_scale(110, 10) == pytest.approx(end, abs=1e-6)
 
 
 def test_it_learns(world, tmp_path):

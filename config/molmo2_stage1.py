@@ -1,0 +1,46 @@
+# Stage 1 by the official recipe: Molmo2-4B's parts, all trained (allenai/molmo2, launch_scripts/pretrain.py, f3cb1085).
+# Not built here yet: the eight crops beside the 378 px view of a picture, prompt templates, dropout on answers alone.
+out_dir = 'out/molmo2_stage1'
+recipe = 'molmo2'
+vision = 'google/siglip2-so400m-patch14-384'
+language = 'Qwen/Qwen3-4B-Instruct-2507'
+connector = 'molmo2'
+vision_weights = 'weights/siglip2-so400m-patch14-384'
+language_weights = 'weights/Qwen3-4B-Instruct-2507'
+train_vision = True
+train_embedding = False        # the decoder's table, tied to its output, stays as it was
+# A set of points is read in two ways, pointing and counting, and counts twice
+mixture = {
+    'pixmo-cap': 0.6,
+    'pointing': {'rate': 0.3, 'sets': {
+        'pixmo-points': {'size': 2_376_222, 'factor': 2 ** .5}, 'pixmo-points-high-freq': {'factor': 2 ** .5},
+        'pixmo-count': {'size': 36_916, 'factor': 2 ** .5}, 'cosyn-point': {'size': 68_051}}},
+    'tulu4-classified': 0.1,
+}
+image_size = 378               # 27 x 27 patches, pooled 2 x 2 with a border: 196 tokens
+pooling = 2
+video_size = 378
+video_pooling = 3
+point_format = 'molmo2'
+task_weights = {}              # every token counts the same
+seq_len = 2536
+packing = True
+batch_size = 4                 # rows a GPU
+accumulation = 32              # 128 rows a step; on N GPUs 32 / N
+recompute = 1
+vision_learning_rate = 6e-6
+connector_learning_rate = 2e-4
+learning_rate = 2e-5
+vision_warmup_steps = 2000
+connector_warmup_steps = 200
+warmup_steps = 2000
+max_steps = 31000
+schedule = 'cosine'            # to a tenth
+epsilon = 1e-6
+weight_decay = 0.0
+grad_clip = 1.0
+clip_parts = True
+z_loss = 1e-4
+save_interval = 4000
+num_workers = 8
+seed = 6198
