@@ -1,14 +1,17 @@
-# make demo: draw the shapes world, train on it, score it, ask it something
+# make demo: draw the shapes world, train three stages on it, score each, ask the last one something
 # make test: everything the suite checks, offline once the packages are installed
 # make bench: side by side with transformers on this machine
 PYTHON ?= python3
 BIN := .venv/bin
+DEMO_DATA := data/shapes,data/clocks,data/shapes_text,data/shapes_many,data/clips,data/long_clips
 
 demo: .venv/run
 	$(BIN)/python prepare/shapes.py
 	$(BIN)/python train.py config/demo_stage1.py
-	$(BIN)/python eval.py --checkpoint=out/demo_stage1 --data=data/shapes,data/clocks,data/shapes_text
-	$(BIN)/python sample.py --checkpoint=out/demo_stage1 --image=data/shapes/media/validation-000000.png --prompt="Point to every shape."
+	$(BIN)/python train.py config/demo_stage2.py
+	$(BIN)/python train.py config/demo_stage3.py
+	$(BIN)/python eval.py --checkpoint=out/demo_stage1,out/demo_stage2,out/demo_stage3 --data=$(DEMO_DATA)
+	$(BIN)/python sample.py --checkpoint=out/demo_stage3 --image=data/shapes/media/validation-000000.png --prompt="Point to every shape."
 
 test: .venv/test
 	$(BIN)/python -m pytest

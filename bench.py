@@ -3,6 +3,8 @@
     python bench.py                            throughput, FLOP/s and peak memory of this code
     python bench.py --against=transformers     the same work in transformers, same weights, same process, ratios
     python bench.py --data                     pictures and video frames a second and core, seeking beside decoding all
+    python bench.py --packing=config/demo_stage2.py      how full rows are; useful tokens a second beside padding the
+                                               same examples; share of a step that reading takes. --key=value as in train
     options: --size=tiny,small  --what=train,generate  --repeats=5  --threads=N  --seed=0
 
 The peer is LlavaForConditionalGeneration with its best plain settings: SDPA attention, fused AdamW, no attention mask
@@ -13,6 +15,7 @@ computations is worth nothing.
 """
 import argparse
 import io
+import itertools
 import os
 import platform
 import resource
@@ -27,8 +30,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from configurator import configure, train_settings
+from data import Loader, Rows, best_fit, collate, make_processor, open_mixture
 from media import load_image, load_video
-from model import VLM, UserError, make_config, save_model
+from model import VLM, UserError, make_config, pick_dtype, save_model
 
 SIZES = {   # a ViT and a decoder from scratch; `tiny` is near the demo's, `small` the largest that a laptop trains
     'tiny': (dict(hidden_size=128, intermediate_size=512, num_layers=5, num_heads=4, image_size=64, patch_size=8),
@@ -245,16 +250,90 @@ def bench_data(repeats):
               f'{seconds[3] / s:.1f} times faster than decoding all {counts[3]:,} ({seconds[3]:.1f} s)')
 
 
+# Rows of instruction tuning as config/molmo2_stage2.py draws them: rate (reference: allenai/molmo2 sft.py), what is seen,
+# how many conversations, tokens of the middle one. Counts and lengths are guesses by task: one word to 2,000 tokens.
+KINDS = [(.136, 'picture', 2, 150), (.227, 'picture', 4, 20), (.091, 'picture', 3, 60), (.045, 'video', 1, 700),
+         (.137, 'video', 3, 25), (.136, 'video', 1, 600), (.136, 'video', 1, 80), (.09, 'text', 1, 400)]
+
+
+def synthetic_lengths(rng, frames=128):
+    """Endless (tokens, conversations) of made-up examples: 196 tokens a picture, one to five of them; 85 a frame, two a
+    second of clips of 5 to 300 s; conversations of 20 tokens around an answer of 1 to 2,000."""
+    rates = np.array([rate for rate, *_ in KINDS])
+    while True:
+        _, what, conversations, middle = KINDS[rng.choice(len(KINDS), p=rates / rates.sum())]
+        n = rng.poisson(conversations - 1) + 1
+        text = 20 * n + np.exp(rng.normal(np.log(middle), 1, n)).clip(1, 2000).astype(int).sum()
+        seen = {'picture': 196 * rng.choice(5, p=[.8, .08, .06, .04, .02]) + 196, 'text': 0,
+                'video': 85 * min(frames, int(2 * np.exp(rng.uniform(np.log(5), np.log(300)))) + 1)}[what]
+        yield int(seen + text), n
+
+
+def packed(examples, room):
+    """Endless rows, lists of (tokens, conversations, ...) packed as `Loader` packs them."""
+    pool = []
+    while True:
+        pool += itertools.islice(examples, Loader.POOL - len(pool))
+        chosen = best_fit([e[0] for e in pool], room)
+        yield [pool[i] for i in chosen]
+        pool = [e for i, e in enumerate(pool) if i not in chosen]
+
+
+def tell_fill(what, rows, room):
+    full = np.mean([sum(e[0] for e in row) for row in rows]) / room
+    examples, talks = np.mean([len(row) for row in rows]), np.mean([sum(e[1] for e in row) for row in rows])
+    print(f'{what}, rows of {room:,}: {full:.2%} full with {examples:.1f} examples and {talks:.1f} conversations; '
+          f'one example a row would be {full / examples:.1%} full', flush=True)
+
+
+def bench_packing(settings, repeats, seed):
+    """How full rows are, of made-up lengths and of a config's data; a step on them beside the same examples padded."""
+    for room, frames in ((16384, 128), (36864, 384)):
+        examples = (e for e in synthetic_lengths(np.random.default_rng(seed), frames) if e[0] <= room)
+        tell_fill('made-up lengths', list(itertools.islice(packed(examples, room), 500)), room)
+    processor, config = make_processor(settings)
+    mixture = open_mixture(settings['mixture'], settings['data_dir'], seed)
+    read = (Rows(mixture, processor)[draw][1] for draw in mixture.draws())
+    rows = packed(((len(e.tokens), max(e.branches), e) for e in read if not isinstance(e, dict)), processor.seq_len)
+    next(rows)                               # fills the pool
+    start = time.perf_counter()
+    rows = list(itertools.islice(rows, 10 * settings['batch_size']))
+    reading = (time.perf_counter() - start) / 10
+    tell_fill(settings['out_dir'], rows, processor.seq_len)
+
+    rows = [[e for *_, e in row] for row in rows[:settings['batch_size']]]
+    alone = [[e] for row in rows for e in row]
+    model, dev = VLM(config), torch.device('cpu')
+    model.init_weights(seed)
+    for part, parameters in model.parts().items():
+        for p in parameters:
+            p.requires_grad_(settings[f'train_{part}'])
+    amp = pick_dtype(settings['dtype'], dev)
+    batches = [collate(r, processor, length) for r, length in
+               ((rows, processor.seq_len), (alone, 0), (alone, processor.seq_len))]
+    with torch.autocast('cpu', amp, enabled=amp != torch.float32):
+        seconds, losses = interleave([train_step(model, batch, 0.) for batch in batches], repeats)
+    useful = batches[0]['n_tokens']
+    for name, batch, s, loss in zip(('packed', 'padded to the longest', f'padded to {processor.seq_len:,}'), batches,
+                                    seconds, losses):
+        print(f"a step on {useful:,} tokens {name + ',':<23} {batch['tokens'].numel():>7,} places: {s:.3f} s, "
+              f'{useful / s:>6,.0f} useful tokens/s, packed is {s / seconds[0]:.2f} times as fast; loss {loss:.4f}')
+    print(f'reading them takes {reading:.3f} s on one core, {reading / (reading + seconds[0]):.1%} of reading and step')
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--against', choices=['transformers'])
     parser.add_argument('--data', action='store_true', help='reading pictures and videos, nothing else')
+    parser.add_argument('--packing', metavar='CONFIG', help='how full rows are, and what that is worth')
     parser.add_argument('--size', default='tiny,small')
     parser.add_argument('--what', default='train,generate')
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--threads', type=int, default=0, help="0: torch's own choice")
     parser.add_argument('--seed', type=int, default=0)
-    args = parser.parse_args()
+    args, settings = parser.parse_known_args()
+    if settings and not args.packing:
+        parser.error(f'unknown argument {settings[0]}')
     for value, known in ((args.size, SIZES), (args.what, ('train', 'generate'))):
         if unknown := [x for x in value.split(',') if x not in known]:
             raise UserError(f"'{unknown[0]}' is not one of {', '.join(known)}")
@@ -268,6 +347,8 @@ def main():
           f'commit {commit()}; median of {args.repeats}, in turns')
     if args.data:
         return bench_data(args.repeats)
+    if args.packing:
+        return bench_packing(configure(train_settings(), [args.packing, *settings]), args.repeats, args.seed)
     row(['size', 'what', 'ours, tokens/s', 'theirs' if args.against else 'time', 'ratio', 'check'])
     row(['-' * w for w in (5, 22, 14, 14, 7, 22)])
     for size in args.size.split(','):

@@ -327,6 +327,7 @@ class Processor:
         self.pad = self.tokenizer.token_to_id('<|endoftext|>') or 0
         self.newline = self.encode('\n')
         self.role = lru_cache(None)(lambda role: [self.im_start, *self.encode(f'{role}\n')])
+        self.question = lru_cache(2 ** 12)(self.encode)        # many rows ask the same
         self.clock = lru_cache(2 ** 14)(lambda tenths: self.encode(f'{tenths / 10:.1f}s'))
 
         self.image_size, self.patch_size, self.pooling, self.seq_len = image_size, patch_size, pooling, seq_len
@@ -440,7 +441,7 @@ class Processor:
                 body = self.encode(self.answer(message, task, times)) + [self.im_end]
                 w = base / len(body) ** .5 if self.length_weighting else base
             else:
-                body, w = self.encode(message['content']) + [self.im_end], 0.
+                body, w = [*self.question(message['content']), self.im_end], 0.
             ids, weights = ids + head + body, weights + [0.] * len(head) + [w] * len(body)
         return ids, weights, TASKS.index(task) if task in TASKS else TASKS.index('other')
 
@@ -753,7 +754,7 @@ class Mixture:
                 k += 1
 
 
-class _Rows(torch.utils.data.Dataset):
+class Rows(torch.utils.data.Dataset):
     """What a worker does: (draw, dataset, row) -> (draw, Example or what was wrong with the row)."""
 
     def __init__(self, mixture, processor):
@@ -792,7 +793,7 @@ class Loader:
                  report=None, packed=False):
         self.batch_size, self.length, self.packed = batch_size, length, packed
         self.max_bad_fraction, self.report = max_bad_fraction, report
-        self.rows = _Rows(mixture, processor)
+        self.rows = Rows(mixture, processor)
         self.state = {'draw': 0, 'pool': [], 'seen': 0, 'skipped': {}, **(state or {})}
         self.state['skipped'] = dict(self.state['skipped'])
         self.num_workers = num_workers
@@ -937,7 +938,7 @@ def inspect(settings, number=12):
     processor, config = make_processor(settings)
     mixture = open_mixture(settings['mixture'], settings['data_dir'], settings['seed'])
     loss, weights, skipped, examples, page = Counter(), Counter(), Counter(), [], []
-    reader = _Rows(mixture, processor)
+    reader = Rows(mixture, processor)
     for draw in tqdm(itertools.islice(mixture.draws(), 200), total=200, unit='row', disable=None):
         dataset = mixture.datasets[draw[1]]
         _, example = reader[draw]

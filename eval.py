@@ -2,6 +2,7 @@
 
     python eval.py --checkpoint=out/demo_stage1 --data=data/shapes,data/clocks
     --data=folder            its validation.jsonl;  --data=some/file.jsonl works too;  --num=200: the first 200 records
+    --checkpoint=a,b,c       each in turn, and at the end one table with a column each
 
 Prints a line per dataset, task and metric with its 95% interval. Beside the checkpoint, in eval/: metrics.json,
 predictions.jsonl (a line per question) and report.html (the worst answers first, over their pictures).
@@ -17,6 +18,7 @@ the rest     the answer equals one of `answers`, or the reference, after lower-c
 """
 import html
 import json
+import math
 import os
 import re
 import string
@@ -24,7 +26,7 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-checkpoint = ''                # step folder, or a run's out_dir
+checkpoint = ''                # step folder, or a run's out_dir; several with commas between
 data = ''                      # dataset folders or JSONL files, with commas between
 split = 'validation'
 num = 0                        # records of each dataset; 0 takes all
@@ -298,13 +300,26 @@ def report(rows, summary, datasets, title):
     return '\n'.join(page)
 
 
-def main():
-    if not checkpoint:
-        raise UserError("which checkpoint? --checkpoint=out/demo_stage1")
-    if threads:
-        torch.set_num_threads(threads)
-    datasets = open_data(data)               # before the weights: a wrong path is answered at once
-    model, processor, source = load_checkpoint(checkpoint)
+def columns(summaries):
+    """{checkpoint: summary} -> one table with a column for each checkpoint."""
+    scores = {}
+    for summary in summaries.values():
+        for s in summary:
+            scores.setdefault((s['dataset'], s['task'], s['metric']), [])
+    for key, line in scores.items():
+        for summary in summaries.values():
+            line += [s['score'] for s in summary if (s['dataset'], s['task'], s['metric']) == key][:1] or [math.nan]
+    width = max(map(len, summaries)) + 2
+    lines = [f"{'dataset':<14}{'task':<12}{'metric':<12}" + ''.join(name.rjust(width) for name in summaries)]
+    lines += [f'{dataset:<14}{task:<12}{metric:<12}'
+              + ''.join((f'{x:.1%}' if x == x else '-').rjust(width) for x in line)
+              for (dataset, task, metric), line in scores.items()]
+    return '\n'.join(lines)
+
+
+def score_checkpoint(path, datasets):
+    """Answers, scores, prints and writes. Returns [{dataset, task, metric, score, ...}]."""
+    model, processor, source = load_checkpoint(path)
     model.to(pick_device(device), getattr(torch, dtype)).eval()
     rows, skipped = evaluate(model, processor, datasets, num)
     summary = summarise(rows)
@@ -320,7 +335,25 @@ def main():
         {'checkpoint': str(source), 'data': data, 'split': split, 'num': num, 'skipped': skipped, 'metrics': summary},
         indent=2))
     (folder / 'report.html').write_text(report(rows, summary, datasets, f'{source} on {data}'), encoding='utf-8')
-    print(f"wrote {', '.join(os.path.join(folder, n) for n in ('metrics.json', 'predictions.jsonl', 'report.html'))}")
+    print(f"wrote {', '.join(os.path.join(folder, n) for n in ('metrics.json', 'predictions.jsonl', 'report.html'))}\n")
+    return summary
+
+
+def main():
+    paths = list(filter(None, checkpoint.split(',')))
+    if not paths:
+        raise UserError("which checkpoint? --checkpoint=out/demo_stage1")
+    if out and len(paths) > 1:
+        raise UserError("--out is for one checkpoint: several write beside their own")
+    if threads:
+        torch.set_num_threads(threads)
+    datasets = open_data(data)               # before the weights: a wrong path is answered at once
+    for path in paths:
+        if not Path(path).is_dir():          # and a second checkpoint's before the first is scored
+            raise UserError(f"checkpoint {path} does not exist")
+    summaries = {path: score_checkpoint(path, datasets) for path in paths}
+    if len(paths) > 1:
+        print(columns(summaries))
 
 
 if __name__ == '__main__':

@@ -11,6 +11,7 @@ import base64
 import html
 import io
 import re
+import stat
 import tarfile
 import time
 from fractions import Fraction
@@ -26,6 +27,7 @@ MAX_PIXELS = 100_000_000                     # a larger picture is a decompressi
 MAX_SECONDS = 60                             # to read one video in
 MAX_GROUP = 2 ** 28                          # bytes between two keyframes
 MAX_TEXT = 2 ** 24                           # bytes of a subtitle file
+SMALL_FILE = 2 ** 22                         # bytes that are read at once
 NEAR = 1.7e-3                                # seconds: at 23.976 frames a second the one of 0.5 s is at 0.5005
 VIDEO_FORMATS = 'mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc'
 
@@ -84,18 +86,22 @@ def _tar_index(path):
     return members
 
 
+_resolve = lru_cache(maxsize=64)(Path.resolve)
+
+
 def open_media(folder, path):
     """A media file inside `folder`, opened: a file, or a member of an uncompressed tar (`media-0.tar/7.jpg`)."""
-    folder = Path(folder).resolve()
+    folder = _resolve(Path(folder))
     head, tar, member = str(path).partition('.tar/')
     try:
-        whole, archive = (folder / path).resolve(), (folder / f'{head}.tar').resolve()
-        if not all(p.is_relative_to(folder) for p in (whole, archive)):
+        file = (folder / (f'{head}.tar' if tar else path)).resolve()
+        if not file.is_relative_to(folder):
             raise BadRow('outside', f"'{path}' leaves the dataset's folder")
         if tar:
-            return io.BufferedReader(Part(archive, *_tar_index(archive)[member]))
-        if whole.is_file():                  # a pipe would wait for ever
-            return open(whole, 'rb')
+            return io.BufferedReader(Part(file, *_tar_index(file)[member]))
+        if stat.S_ISREG((status := file.stat()).st_mode):     # a pipe would wait for ever
+            # A small file whole: containers are read to and fro
+            return io.BytesIO(file.read_bytes()) if status.st_size <= SMALL_FILE else open(file, 'rb')
     except BadRow:
         raise
     except (OSError, KeyError, ValueError, tarfile.TarError):     # ValueError: a NUL in the path

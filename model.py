@@ -231,7 +231,8 @@ class Segments:
     """The mask of a packed batch as small dense pieces, for the CPU, where a mask skips no work.
 
     A stretch of tokens of one document and branch sees itself, causally, and the shared part of its document: one
-    attention of [queries] over [shared part + queries]. Stretches of similar length go through one call, padded.
+    attention of [queries] over [shared part + queries]. Stretches of similar lengths go through one call, padded: to
+    twice the queries and four times the shared part at most.
     Trees of short conversations cost several times less than under a row's dense mask, and the rule is the same.
     """
 
@@ -245,7 +246,7 @@ class Segments:
         shared, shared_length = np.array([roots.get((row[i], document[i]), (0, 0)) if branch[i] else (0, 0)
                                           for i in start]).T
         self.groups, self.place, base = [], np.empty(B * L, np.int64), 0
-        bucket = np.ceil(np.log2(length)).astype(int) * 2 + (shared_length > 0)
+        bucket = np.ceil(np.log2(length)) * 64 + np.ceil(np.log2(shared_length + 1) / 2)
         for b in np.unique(bucket):
             first, n, root, m = (x[bucket == b, None] for x in (start, length, shared, shared_length))
             Q, P = np.arange(n.max()), np.arange(m.max())

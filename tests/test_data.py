@@ -458,7 +458,7 @@ def test_weights_of_a_dataset(world, two_branches):
 
     def weights(**options):
         mixture = {'g': {'rate': 1, 'sets': {'set': options}}}
-        reader = data._Rows(data.open_mixture(mixture, folder), make_processor(world, task_weights={'qa': 3.}))
+        reader = data.Rows(data.open_mixture(mixture, folder), make_processor(world, task_weights={'qa': 3.}))
         return set(reader[(0, 0, 0)][1].weights)
     assert weights() == {0., 1., 3.} and weights(loss_weight=.5) == {0., .5, 1.5} and weights(token_weight=.2) == {0., .2}
 

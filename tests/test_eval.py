@@ -140,7 +140,8 @@ def run(*args):
 
 def test_the_script_writes_what_it_says(world, checkpoint):
     shapes = world / 'shapes'
-    done = run(f'--checkpoint={checkpoint}', f'--data={shapes},{world / "shapes_text" / "validation.jsonl"}', '--num=6',
+    both = f'{checkpoint},{checkpoint / "step000000"}'      # the same one by two names: two equal columns
+    done = run(f'--checkpoint={both}', f'--data={shapes},{world / "shapes_text" / "validation.jsonl"}', '--num=6',
                '--max_new_tokens=8', '--page_rows=5', '--threads=1')
     assert done.returncode == 0, done.stderr
     folder = checkpoint / 'step000000' / 'eval'
@@ -149,6 +150,9 @@ def test_the_script_writes_what_it_says(world, checkpoint):
     assert len(rows) == asked + 4                           # four text rows in all
     metrics = json.loads((folder / 'metrics.json').read_text())['metrics']
     assert ev.summarise(rows) == metrics and all(s['low'] <= s['score'] <= s['high'] for s in metrics)
+    table = done.stdout[done.stdout.rindex('dataset '):].splitlines()
+    assert table[0].split()[3:] == both.split(',') and len(table) == 1 + len(metrics)
+    assert all(line.split()[-1] == line.split()[-2] == f"{s['score']:.1%}" for line, s in zip(table[1:], metrics))
     page = (folder / 'report.html').read_text()
     assert page.count('<h2>') == 5 and 'http' not in page.replace('data:image/png;base64', '')
 
@@ -170,6 +174,7 @@ def test_mistakes_are_one_line(world, checkpoint, tmp_path):
     for args, words in [((f'--data={world / "shapes"}',), 'which checkpoint?'),
                         ((f'--checkpoint={checkpoint}',), 'data is empty'),
                         ((f'--checkpoint={tmp_path}', f'--data={world / "shapes"}'), 'is not a checkpoint folder'),
+                        ((f'--checkpoint={checkpoint},nowhere', f'--data={world / "shapes"}'), 'nowhere does not exist'),
                         ((f'--checkpoint={checkpoint}', '--data=nowhere'), 'does not exist')]:
         done = run(*args)
         assert done.returncode == 1 and words in done.stderr and done.stderr.count('\n') == 1, done.stderr
