@@ -4,7 +4,7 @@
     python bench.py --against=transformers     the same work in transformers, same weights, same process, ratios
     python bench.py --data                     pictures and video frames a second and core, seeking beside decoding all
     python bench.py --packing=config/demo_stage2.py      how full rows are; useful tokens a second beside padding the
-                                               same examples; share of a step that reading takes. --key=value as in train
+                                               same examples; share of a step that reading takes; --key=value too
     options: --size=tiny,small  --what=train,generate  --repeats=5  --threads=N  --seed=0
 
 The peer is LlavaForConditionalGeneration with its best plain settings: SDPA attention, fused AdamW, no attention mask
@@ -250,8 +250,8 @@ def bench_data(repeats):
               f'{seconds[3] / s:.1f} times faster than decoding all {counts[3]:,} ({seconds[3]:.1f} s)')
 
 
-# Rows of instruction tuning as config/molmo2_stage2.py draws them: rate (reference: allenai/molmo2 sft.py), what is seen,
-# how many conversations, tokens of the middle one. Counts and lengths are guesses by task: one word to 2,000 tokens.
+# Rows of instruction tuning: rate (of config/molmo2_stage2.py's groups), what is seen, how many conversations, tokens
+# of the middle answer. Counts and lengths are guesses by task, from one word to 2,000 tokens.
 KINDS = [(.136, 'picture', 2, 150), (.227, 'picture', 4, 20), (.091, 'picture', 3, 60), (.045, 'video', 1, 700),
          (.137, 'video', 3, 25), (.136, 'video', 1, 600), (.136, 'video', 1, 80), (.09, 'text', 1, 400)]
 
@@ -309,6 +309,7 @@ def bench_packing(settings, repeats, seed):
         for p in parameters:
             p.requires_grad_(settings[f'train_{part}'])
     amp = pick_dtype(settings['dtype'], dev)
+    print(f'steps in {str(amp)[6:]}, random weights:')
     batches = [collate(r, processor, length) for r, length in
                ((rows, processor.seq_len), (alone, 0), (alone, processor.seq_len))]
     with torch.autocast('cpu', amp, enabled=amp != torch.float32):
@@ -343,8 +344,8 @@ def main():
     if args.against:
         import transformers
         version = f', transformers {transformers.__version__}'
-    print(f'{processor()}; {torch.get_num_threads()} threads, float32; torch {torch.__version__}{version}; '
-          f'commit {commit()}; median of {args.repeats}, in turns')
+    print(f"{processor()}; {torch.get_num_threads()} threads{'' if args.packing else ', float32'}; "
+          f"torch {torch.__version__}{version}; commit {commit()}; median of {args.repeats}, in turns")
     if args.data:
         return bench_data(args.repeats)
     if args.packing:

@@ -290,6 +290,11 @@ def attention(query, key, value, mask):
                                           is_causal=isinstance(mask, str), enable_gqa=query.shape[1] != key.shape[1])
 
 
+def runs_again(recompute, i):
+    """Does block i keep its inputs alone and compute the rest again in the backward pass? Every `recompute`-th."""
+    return recompute and i % recompute == 0 and torch.is_grad_enabled()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Vision
 
@@ -381,7 +386,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, 0            # as Decoder's
         self.embeddings = VisionEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.style == 'clip' else None
         self.encoder = nn.ModuleDict({'layers': nn.ModuleList(VisionBlock(config) for _ in range(config.num_layers))})
@@ -392,7 +397,7 @@ class VisionTransformer(nn.Module):
             x = self.pre_layrnorm(x)
         outputs = {}
         for i, block in enumerate(self.encoder['layers']):
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if runs_again(self.recompute, i) else block(x)
             if i in self.config.feature_layers:
                 outputs[i] = x[:, 1:] if self.config.style == 'clip' else x
         return torch.cat([outputs[i] for i in self.config.feature_layers], -1)
@@ -582,7 +587,7 @@ class Decoder(nn.Module):
         dropout = self.dropout if self.training else 0.
         for i, block in enumerate(self.layers):
             keep = rows if i == len(self.layers) - 1 else None
-            if self.recompute and torch.is_grad_enabled() and i % self.recompute == 0:
+            if runs_again(self.recompute, i):
                 x = checkpoint(block, x, rotary, mask, None, i, keep, dropout, use_reentrant=False)
             else:
                 x = block(x, rotary, mask, cache, i, keep, dropout)
@@ -1143,8 +1148,9 @@ def saved_bytes(module, *inputs):
     return sum(size for storage, size in kept.items() if storage not in own) + 0 * out.numel()
 
 
-def memory_estimate(model, rows, seq_len, recompute=0, amp=torch.bfloat16):
-    """Bytes by use for a micro-batch of full rows with a picture each: {'weights': ..., ..., 'total': ...}.
+def memory_estimate(model, rows, seq_len, recompute=0, amp=torch.bfloat16, patches=0):
+    """Bytes by use for a micro-batch of full rows: {'weights': ..., ..., 'total': ...}. `patches` are those of all the
+    pictures and frames of a row; 0: one picture's.
 
     float32 weights, gradients and two moments; what autograd keeps, counted on one block of each kind in the autocast
     type; the autocast copies of the weights; one chunk of logits. Leaves out the allocator's slack (10 to 20%).
@@ -1155,22 +1161,22 @@ def memory_estimate(model, rows, seq_len, recompute=0, amp=torch.bfloat16):
     out = {'weights': 4 * every, 'gradients': 4 * trained, 'moments': 8 * trained}
     out['weight copies'] = size * every if amp != torch.float32 else 0
     L, tokens = 64, rows * seq_len
+    def kept(block, inputs, thin, layers):
+        """Bytes a token of all layers. A recomputed block keeps its input, and one at a time is computed again."""
+        again = -(-layers // recompute) if recompute else 0
+        return saved_bytes(block, *inputs) / L * (layers - again + bool(again)) + thin * size * again
     with torch.device('meta'):
         block, x = Block(c.language).to(amp), torch.zeros(1, L, c.language.hidden_size, dtype=amp, requires_grad=True)
         rotary = rotary_table(torch.zeros(1, L, dtype=torch.long), c.language.head_dim, c.language.rope_theta)
-        per_token = saved_bytes(block, x, rotary, None) / L
-        thin = c.language.hidden_size * size               # a recomputed block keeps its input alone
-        layers, n = c.language.num_layers, recompute
-        again = -(-layers // n) if n else 0
-        out['activations'] = int(tokens * (per_token * (layers - again + bool(n)) + thin * again))
+        out['activations'] = tokens * kept(block, (x, rotary, None), c.language.hidden_size, c.language.num_layers)
         if model.vision_tower.embeddings.patch_embedding.weight.requires_grad:
-            patches = (c.vision.image_size // c.vision.patch_size) ** 2
-            block = VisionBlock(c.vision).to(amp)
-            x = torch.zeros(1, L, c.vision.hidden_size, dtype=amp, requires_grad=True)
-            out['activations'] += int(rows * patches * c.vision.num_layers * saved_bytes(block, x) / L)
+            patches = rows * (patches or (c.vision.image_size // c.vision.patch_size) ** 2)
+            block, x = VisionBlock(c.vision).to(amp), torch.zeros(1, L, c.vision.hidden_size, dtype=amp,
+                                                                  requires_grad=True)
+            out['activations'] += patches * kept(block, (x,), c.vision.hidden_size, c.vision.num_layers)
     out['logits'] = min(model.chunk, tokens) * c.language.vocab_size * (4 + size) + 4 * model.output_weight().numel()
     out['total'] = sum(out.values())
-    return out
+    return {use: int(n) for use, n in out.items()}
 
 
 def main():
@@ -1194,11 +1200,12 @@ def main():
     stages = {'stage 1': (32, 4096), 'stage 2': (16, 4096), 'stage 3': (4, 36864)}
     if len(sys.argv) > 1:
         stages = {'this config': (given['batch_size'], given['seq_len'])}
+    per_token = max(given['pooling'], given['video_pooling']) ** 2 if given['packing'] else 0
     amp = torch.float32 if given['dtype'] == 'float32' else torch.bfloat16
     for every in (0, 1):
         print(f"\nGB a device with full rows, {'every block recomputed' if every else 'nothing recomputed'}")
         for name, (rows, seq_len) in stages.items():
-            memory = memory_estimate(model, rows, seq_len, every, amp)
+            memory = memory_estimate(model, rows, seq_len, every, amp, per_token * seq_len)
             print(f"{name:<12}{rows:>3} x {seq_len:<7,}" + '  '.join(f'{k} {v / 1e9:.1f}' for k, v in memory.items()))
 
 

@@ -81,7 +81,7 @@ device = 'auto'                # auto | cuda | mps | cpu
 dtype = 'auto'                 # auto | bfloat16 | float32 (the autocast type; weights and moments stay float32)
 threads = 0                    # CPU threads of torch; 0 leaves its own choice
 compile = False
-recompute = 0                  # n: recompute every n-th decoder block in the backward pass instead of keeping it
+recompute = 0                  # n: every n-th block is computed again in the backward pass instead of kept
 seed = 1337
 # -- keeping track
 log_interval = 10              # steps between reads of the device; every step is in metrics.jsonl all the same
@@ -138,7 +138,8 @@ def set_trained(model):
         for p in part:
             p.requires_grad_(trained)
     model.language_model.embed_tokens.requires_grad_(train_language and train_embedding)
-    model.language_model.recompute, model.language_model.dropout = recompute, residual_dropout
+    model.vision_tower.recompute = model.language_model.recompute = recompute
+    model.language_model.dropout = residual_dropout
     model.z_loss = z_loss
     return model
 
@@ -388,7 +389,8 @@ def print_plan(model, dev, amp, checkpoint):
         print('  (draws as if a row held one example; python data.py with this config counts how many it holds)')
     print(f"steps {max_steps:,} of {rows} rows = {batch_size} x {accumulation} micro-batches, at most "
           f"{rows * seq_len:,} tokens a step, {rows * max_steps:,} rows in all")
-    memory = memory_estimate(model, batch_size, seq_len, recompute, amp)
+    patches = seq_len * max(pooling, video_pooling) ** 2 if packing else 0       # rows of nothing but pictures
+    memory = memory_estimate(model, batch_size, seq_len, recompute, amp, patches)
     print('memory of full rows, estimated: ' + ', '.join(f'{k} {v / 1e9:.2f} GB' for k, v in memory.items()))
     print(f"device {dev} with {torch.get_num_threads()} threads, {str(amp)[6:]}; rows with branches: "
           + ('FlexAttention block mask' if dev.type == 'cuda' else
@@ -524,9 +526,10 @@ def main():
         now = time.perf_counter()
         seconds, clock = now - clock, now
         tokens = sum(m['n_tokens'] for m in micros)
-        record = {'step': step, 'loss': loss, 'sums': sums, 'lr': learning_rate * get_lr_scale(step - 1, warmup_steps), 'grad_norm': norm,
-                  'nonfinite': nonfinite[1], 'seconds': seconds, 'minutes': (now - started) / 60, 'data_wait': waited,
-                  'tokens': tokens, 'loss_tokens': sum(len(m['loss_index']) for m in micros),
+        record = {'step': step, 'loss': loss, 'sums': sums, 'lr': learning_rate * get_lr_scale(step - 1, warmup_steps),
+                  'grad_norm': norm, 'nonfinite': nonfinite[1], 'seconds': seconds, 'data_wait': waited,
+                  'minutes': (now - started) / 60, 'tokens': tokens,
+                  'loss_tokens': sum(len(m['loss_index']) for m in micros),
                   'visual_tokens': sum(len(m.get('visual_index', ())) for m in micros),
                   'tokens_per_second': tokens / seconds, 'skipped': sum(loader_state['skipped'].values()),
                   'tflops': sum(flops(model, m) for m in micros) / seconds / 1e12}

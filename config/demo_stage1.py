@@ -7,9 +7,12 @@ vision = dict(hidden_size=128, intermediate_size=512, num_layers=3, num_heads=8,
               feature_layers=(-1,))
 language = dict(hidden_size=192, intermediate_size=512, num_layers=4, num_heads=6, num_kv_heads=3, head_dim=32,
                 vocab_size=1024)
-pooling = 2                    # 16 visual tokens a picture
-train_vision = True
 image_size = 64
+pooling = 2                    # 16 visual tokens a picture,
+video_size = 64
+video_pooling = 2              # and a frame
+max_frames = 16
+train_vision = True
 point_digits = 2
 seq_len = 1024
 batch_size = 6                 # rows of several pictures each, 32 in all
