@@ -348,6 +348,11 @@ def find_checkpoint():
 def load_state(folder, optimizers):
     """Restores optimisers and random state; returns (step, loader state). Reads tensors and plain values only."""
     state = torch.load(folder / 'train_state' / 'state.pt', weights_only=True, map_location='cpu')
+    moved = lambda states: [(s['param_groups'][0].get('part'), len(s['param_groups'][0]['params'])) for s in states]
+    if moved(state['optimizers']) != moved([opt.state_dict() for opt in optimizers]):
+        raise UserError(f"{folder} was trained with other parts or another optimizer. Set train_vision, train_connector, "
+                        f"train_language, train_embedding and optimizer as they were, or start a new run: another "
+                        f"out_dir with --init_from={folder}")
     for opt, saved in zip(optimizers, state['optimizers']):
         for group, now in zip(saved['param_groups'], opt.param_groups):
             group.update({k: v for k, v in now.items() if k != 'params'})    # settings of this run, moments of the last

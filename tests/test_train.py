@@ -249,6 +249,8 @@ def test_frozen_parts_stay_and_carry_no_state(world, tmp_path):
     assert kept == {n for n, _ in end.named_parameters() if n.startswith('vision_tower.') or 'embed_tokens' in n}
     state = torch.load(tmp_path / 'step000002/train_state/state.pt', weights_only=True)
     assert sum(len(o['state']) for o in state['optimizers']) == len(list(fresh.parameters())) - len(kept)
+    error = run(world, tmp_path, code=1, max_steps=3).stderr      # resumed with all parts
+    assert 'was trained with other parts' in error and error.count('\n') == 1
 
 
 # -- kindness
