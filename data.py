@@ -327,7 +327,7 @@ class Processor:
         self.pad = self.tokenizer.token_to_id('<|endoftext|>') or 0
         self.newline = self.encode('\n')
         self.role = lru_cache(None)(lambda role: [self.im_start, *self.encode(f'{role}\n')])
-        self.question = lru_cache(2 ** 12)(self.encode)        # many rows ask the same
+        self.short = lru_cache(2 ** 12)(self.encode)           # many rows ask the same
         self.clock = lru_cache(2 ** 14)(lambda tenths: self.encode(f'{tenths / 10:.1f}s'))
 
         self.image_size, self.patch_size, self.pooling, self.seq_len = image_size, patch_size, pooling, seq_len
@@ -441,7 +441,8 @@ class Processor:
                 body = self.encode(self.answer(message, task, times)) + [self.im_end]
                 w = base / len(body) ** .5 if self.length_weighting else base
             else:
-                body, w = [*self.question(message['content']), self.im_end], 0.
+                text = message['content']
+                body, w = [*(self.short if len(text) < 200 else self.encode)(text), self.im_end], 0.
             ids, weights = ids + head + body, weights + [0.] * len(head) + [w] * len(body)
         return ids, weights, TASKS.index(task) if task in TASKS else TASKS.index('other')
 
