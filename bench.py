@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 
 from configurator import configure, train_settings
-from data import Loader, Rows, best_fit, collate, make_processor, open_mixture
+from data import Rows, collate, make_processor, next_row, open_mixture
 from media import load_image, load_video
 from model import VLM, UserError, make_config, pick_dtype, save_model
 
@@ -273,10 +273,7 @@ def packed(examples, room):
     """Endless rows, lists of (tokens, conversations, ...) packed as `Loader` packs them."""
     pool = []
     while True:
-        pool += itertools.islice(examples, Loader.POOL - len(pool))
-        chosen = best_fit([e[0] for e in pool], room)
-        yield [pool[i] for i in chosen]
-        pool = [e for i, e in enumerate(pool) if i not in chosen]
+        yield next_row(pool, examples, room, lambda e: e[0])
 
 
 def tell_fill(what, rows, room):
@@ -305,9 +302,7 @@ def bench_packing(settings, repeats, seed):
     alone = [[e] for row in rows for e in row]
     model, dev = VLM(config), torch.device('cpu')
     model.init_weights(seed)
-    for part, parameters in model.parts().items():
-        for p in parameters:
-            p.requires_grad_(settings[f'train_{part}'])
+    model.set_trained(settings)
     amp = pick_dtype(settings['dtype'], dev)
     print(f'steps in {str(amp)[6:]}, random weights:')
     batches = [collate(r, processor, length) for r, length in

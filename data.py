@@ -41,7 +41,7 @@ from tokenizers import Tokenizer
 
 from media import (BadRow, data_url, draw_points, enlarge, load_image, load_subtitles, load_video,
                    open_media, points_at)
-from model import UserError, from_hf, load_model, make_config, make_mask, newest, read_json
+from model import PIXEL_STATS, UserError, from_hf, load_model, make_config, make_mask, newest, read_json
 
 TASKS = ('captioning', 'qa', 'counting', 'pointing', 'tracking', 'text', 'other')
 MAX_LINE = 16 * 2 ** 20                      # bytes of one record
@@ -536,7 +536,6 @@ def load_checkpoint(path, **settings):
 
 
 def _pixel_stats(folder):
-    from model import PIXEL_STATS, from_hf
     return PIXEL_STATS[from_hf(read_json(Path(folder) / 'config.json')).vision.style]
 
 
@@ -619,6 +618,9 @@ def see(seen):
     return batch
 
 
+POOL = 48                          # examples to choose a row from; more gains nothing (Molmo2, appendix B)
+
+
 def best_fit(lengths, room):
     """Indices of the examples that fill a row of `room` tokens best: the first, which has waited longest, and those of
     the others whose lengths add up to most. Exact: bit s of reach[n] says whether some of the first n add up to s."""
@@ -631,6 +633,14 @@ def best_fit(lengths, room):
             chosen.append(i)
             total -= lengths[i]
     return sorted(chosen)
+
+
+def next_row(pool, examples, room, size):
+    """The examples of the next row of `room` tokens, taken out of `pool`, a list that is filled up from the iterator
+    `examples` first; size(example) is its number of tokens."""
+    pool += itertools.islice(examples, POOL - len(pool))
+    chosen = best_fit([size(e) for e in pool], room)
+    return [pool.pop(i) for i in reversed(chosen)][::-1]
 
 
 def permute(i, n, key):
@@ -788,8 +798,6 @@ class Loader:
     pool of POOL examples (`best_fit`); the pool's draws belong to the state and are read again after a resume.
     state: {'draw': the next draw, 'pool': [[draw, dataset, row]], 'seen': rows read, 'skipped': {'set: reason': n}}.
     """
-    POOL = 48                      # more gains nothing (Molmo2, appendix B)
-
     def __init__(self, mixture, processor, batch_size, num_workers=0, state=None, length=0, max_bad_fraction=.1,
                  report=None, packed=False):
         self.batch_size, self.length, self.packed = batch_size, length, packed
@@ -819,15 +827,14 @@ class Loader:
 
     def __iter__(self):
         """Yields (batch, the state that continues after it)."""
-        examples, pool, name = self.examples(), [], lambda d: self.rows.mixture.datasets[d].name
+        examples, pool, size = self.examples(), [], lambda item: len(item[1].tokens)
+        name = lambda dataset: self.rows.mixture.datasets[dataset].name
         while True:
             rows, taken = [], []
             while len(rows) < self.batch_size:
-                pool += itertools.islice(examples, (self.POOL if self.packed else 1) - len(pool))
-                chosen = best_fit([len(e.tokens) for _, e in pool], self.length) if self.packed else [0]
-                rows.append([pool[i][1] for i in chosen])
-                taken += [(name(pool[i][0][1]), pool[i][0][2]) for i in chosen]
-                pool = [item for i, item in enumerate(pool) if i not in chosen]
+                row = next_row(pool, examples, self.length, size) if self.packed else [next(examples)]
+                rows.append([example for _, example in row])
+                taken += [(name(dataset), i) for (_, dataset, i), _ in row]
             self.state['pool'] = [list(draw) for draw, _ in pool]
             batch = collate(rows, self.rows.processor, self.length)
             batch['rows'] = taken
@@ -972,7 +979,7 @@ def inspect(settings, number=12):
             '<p>Blue: visual tokens. Green: tokens with a loss, darker with its weight. One line a conversation: each '
             'sees the first line and itself. Hover for ids and weights.</p>']
     if settings['packing'] and examples:
-        row = [examples[i] for i in best_fit(lengths[:Loader.POOL], processor.seq_len)]
+        row = [examples[i] for i in best_fit(lengths[:POOL], processor.seq_len)]
         picture = mask_picture(row, processor.seq_len, config.visual_token_ids)
         head.append(f'<p>{len(row)} examples packed into a row, {sum(len(e.tokens) for e in row)} of '
                     f'{processor.seq_len} tokens, and which token (down) sees which (across): a colour a document, '

@@ -18,7 +18,6 @@ the rest     the answer equals one of `answers`, or the reference, after lower-c
 """
 import html
 import json
-import math
 import os
 import re
 import string
@@ -302,18 +301,12 @@ def report(rows, summary, datasets, title):
 
 def columns(summaries):
     """{checkpoint: summary} -> one table with a column for each checkpoint."""
-    scores = {}
-    for summary in summaries.values():
-        for s in summary:
-            scores.setdefault((s['dataset'], s['task'], s['metric']), [])
-    for key, line in scores.items():
-        for summary in summaries.values():
-            line += [s['score'] for s in summary if (s['dataset'], s['task'], s['metric']) == key][:1] or [math.nan]
+    scores = [{(s['dataset'], s['task'], s['metric']): s['score'] for s in summary} for summary in summaries.values()]
     width = max(map(len, summaries)) + 2
     lines = [f"{'dataset':<14}{'task':<12}{'metric':<12}" + ''.join(name.rjust(width) for name in summaries)]
-    lines += [f'{dataset:<14}{task:<12}{metric:<12}'
-              + ''.join((f'{x:.1%}' if x == x else '-').rjust(width) for x in line)
-              for (dataset, task, metric), line in scores.items()]
+    for key in {key: None for column in scores for key in column}:
+        cells = (f'{column[key]:.1%}' if key in column else '-' for column in scores)
+        lines.append('{:<14}{:<12}{:<12}'.format(*key) + ''.join(cell.rjust(width) for cell in cells))
     return '\n'.join(lines)
 
 

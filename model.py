@@ -709,6 +709,13 @@ class VLM(nn.Module):
                 'connector': list(self.multi_modal_projector.parameters()),
                 'language': list(self.language_model.parameters()) + head}
 
+    def set_trained(self, settings):
+        """Gradients for the parts whose train_* setting is on, for the table of embeddings by train_embedding too."""
+        for part, parameters in self.parts().items():
+            for p in parameters:
+                p.requires_grad_(settings[f'train_{part}'])
+        self.language_model.embed_tokens.requires_grad_(settings['train_language'] and settings['train_embedding'])
+
     def see(self, batch):
         """uint8 patches and frames -> visual tokens [num_visual_tokens, width]."""
         trained = self.vision_tower.embeddings.patch_embedding.weight.requires_grad
@@ -1148,6 +1155,17 @@ def saved_bytes(module, *inputs):
     return sum(size for storage, size in kept.items() if storage not in own) + 0 * out.numel()
 
 
+def part_table(model):
+    """Lines of a table: parameters of each part, their share, and which of them are trained."""
+    lines, every = [f"{'part':<12}{'parameters':>16}{'share':>8}"], sum(p.numel() for p in model.parameters())
+    for part, parameters in model.parts().items():
+        total = sum(p.numel() for p in parameters)
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        lines.append(f"{part:<12}{total:>16,}{total / every:>8.1%}  " + (
+            'frozen' if not trained else 'trained' if trained == total else f'{trained:,} trained'))
+    return lines
+
+
 def memory_estimate(model, rows, seq_len, recompute=0, amp=torch.bfloat16, patches=0):
     """Bytes by use for a micro-batch of full rows: {'weights': ..., ..., 'total': ...}. `patches` are those of all the
     pictures and frames of a row; 0: one picture's.
@@ -1161,10 +1179,12 @@ def memory_estimate(model, rows, seq_len, recompute=0, amp=torch.bfloat16, patch
     out = {'weights': 4 * every, 'gradients': 4 * trained, 'moments': 8 * trained}
     out['weight copies'] = size * every if amp != torch.float32 else 0
     L, tokens = 64, rows * seq_len
+
     def kept(block, inputs, thin, layers):
         """Bytes a token of all layers. A recomputed block keeps its input, and one at a time is computed again."""
         again = -(-layers // recompute) if recompute else 0
         return saved_bytes(block, *inputs) / L * (layers - again + bool(again)) + thin * size * again
+
     with torch.device('meta'):
         block, x = Block(c.language).to(amp), torch.zeros(1, L, c.language.hidden_size, dtype=amp, requires_grad=True)
         rotary = rotary_table(torch.zeros(1, L, dtype=torch.long), c.language.head_dim, c.language.rope_theta)
@@ -1188,14 +1208,10 @@ def main():
         start = given['init_from'] and newest(given['init_from'])
         model = VLM(from_hf(read_json(start / 'config.json')) if start and start.is_dir() else
                     make_config(**{k: given[k] for k in names}))
-    print(f"{'part':<12}{'parameters':>16}{'share':>8}")
-    total = sum(p.numel() for p in model.parameters())
-    for part, parameters in model.parts().items():
-        n = sum(p.numel() for p in parameters)
-        for p in parameters:
-            p.requires_grad_(given[f'train_{part}'])
-        print(f"{part:<12}{n:>16,}{n / total:>8.1%}  {'trained' if given[f'train_{part}'] else 'frozen'}")
-    print(f"{'all':<12}{total:>16,}          {layout(model.config) or 'no'} layout in transformers")
+    model.set_trained(given)
+    print('\n'.join(part_table(model)))
+    print(f"{'all':<12}{sum(p.numel() for p in model.parameters()):>16,}          {layout(model.config) or 'no'} layout "
+          f"in transformers")
     # The documents' three stages: rows a GPU and tokens a row
     stages = {'stage 1': (32, 4096), 'stage 2': (16, 4096), 'stage 3': (4, 36864)}
     if len(sys.argv) > 1:

@@ -104,7 +104,7 @@ from tqdm import tqdm  # noqa: E402
 from data import (TASKS, Dataset, Loader, Mixture, Processor, mixture_sets, mixture_table, open_mixture,  # noqa: E402
                   processor_settings)
 from model import (UserError, VLM, from_hf, layout, load_model, load_weights, make_config,  # noqa: E402
-                   memory_estimate, newest, pick_device, pick_dtype, read_json, save_model)
+                   memory_estimate, newest, part_table, pick_device, pick_dtype, read_json, save_model)
 
 
 def cosine(x):
@@ -134,10 +134,7 @@ def keep_freed_memory():
 
 
 def set_trained(model):
-    for part, trained in zip(model.parts().values(), (train_vision, train_connector, train_language)):
-        for p in part:
-            p.requires_grad_(trained)
-    model.language_model.embed_tokens.requires_grad_(train_language and train_embedding)
+    model.set_trained(settings)
     model.vision_tower.recompute = model.language_model.recompute = recompute
     model.language_model.dropout = residual_dropout
     model.z_loss = z_loss
@@ -341,8 +338,7 @@ def save_checkpoint(step, model, processor, optimizers, loader_state):
 
 def find_checkpoint():
     """The folder that out_dir/latest names, or None for a new run."""
-    latest = Path(out_dir) / 'latest'
-    return Path(out_dir) / latest.read_text().strip() if latest.exists() else None
+    return newest(out_dir) if (Path(out_dir) / 'latest').exists() else None
 
 
 def load_state(folder, optimizers):
@@ -383,11 +379,7 @@ def plan(dev, amp, checkpoint):
 
 def print_plan(model, dev, amp, checkpoint):
     """What was decided, once, before the long silence."""
-    print(f"{'part':<12}{'parameters':>14}")
-    for part, parameters in model.parts().items():
-        total, trained = (sum(p.numel() for p in parameters if p.requires_grad or every) for every in (True, False))
-        print(f"{part:<12}{total:>14,}  " + ('frozen' if not trained else 'trained' if trained == total else
-                                             f'{trained:,} trained'))
+    print('\n'.join(part_table(model)))
     rows = batch_size * accumulation
     print('\n'.join(mixture_table(mixture, data_dir, max_steps * rows)))
     if packing:

@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-WORLD = 4  # raise when the same arguments draw or say something else, so that an old folder is noticed
+WORLD = 5  # raise when the same arguments draw or say something else, so that an old folder is noticed
 
 COLOURS = {'red': (216, 36, 40), 'green': (40, 160, 60), 'blue': (44, 84, 224), 'yellow': (240, 214, 40),
            'purple': (146, 52, 178), 'orange': (244, 134, 24)}
@@ -122,10 +122,6 @@ def background(width, height, rng):
     if rng.random() < .4:
         canvas = canvas + rng.normal(0, rng.uniform(1, 5), size=canvas.shape)
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
-
-
-def shade(colour, rng):
-    return tuple(int(c) for c in (np.array(COLOURS[colour]) + rng.uniform(-14, 14, size=3)).clip(0, 255))
 
 
 def shade(colour, rng):
