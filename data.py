@@ -748,15 +748,16 @@ class Mixture:
         generator = np.random.Generator(np.random.Philox(key=self.seed, counter=b << 64))
         return np.searchsorted(self.edges, generator.random(self.BLOCK), side='right')
 
-    def draws(self, start=0):
-        """Yields (k, dataset index, row) from draw `start` on. Counting what came before costs 10 ns a draw."""
+    def draws(self, start=0, stride=1):
+        """Yields (k, dataset index, row) of every stride-th draw from `start` on. Counting those before costs 10 ns
+        each."""
         counts = np.zeros(len(self.datasets), np.int64)
         for b in range(start // self.BLOCK):
             counts += np.bincount(self._block(b), minlength=len(counts))
         k = start // self.BLOCK * self.BLOCK
         while True:
             for d in self._block(k // self.BLOCK).tolist():
-                if k >= start:
+                if k >= start and (k - start) % stride == 0:
                     dataset = self.datasets[d]
                     epoch, i = divmod(int(counts[d]), len(dataset))
                     i = permute(i, len(dataset), f'{self.seed}/{d}/{epoch}')
@@ -797,19 +798,20 @@ class Loader:
     Unpacked, a row is an example, in the order of the draws. Packed, rows of exactly `length` tokens are filled from a
     pool of POOL examples (`best_fit`); the pool's draws belong to the state and are read again after a resume.
     state: {'draw': the next draw, 'pool': [[draw, dataset, row]], 'seen': rows read, 'skipped': {'set: reason': n}}.
+    Of `world_size` processes, each takes the draws rank, rank + world_size, ...
     """
     def __init__(self, mixture, processor, batch_size, num_workers=0, state=None, length=0, max_bad_fraction=.1,
-                 report=None, packed=False):
+                 report=None, packed=False, rank=0, world_size=1):
         self.batch_size, self.length, self.packed = batch_size, length, packed
         self.max_bad_fraction, self.report = max_bad_fraction, report
         self.rows = Rows(mixture, processor)
-        self.state = {'draw': 0, 'pool': [], 'seen': 0, 'skipped': {}, **(state or {})}
+        self.state, self.stride = {'draw': rank, 'pool': [], 'seen': 0, 'skipped': {}, **(state or {})}, world_size
         self.state['skipped'] = dict(self.state['skipped'])
         self.num_workers = num_workers
 
     def examples(self):
         """Yields ((draw, dataset, row), Example): those of the pool again, then those of the draws from here on."""
-        draws = self.rows.mixture.draws(self.state['draw'])
+        draws = self.rows.mixture.draws(self.state['draw'], self.stride)
         rows = torch.utils.data.DataLoader(
             self.rows, sampler=itertools.chain(map(tuple, self.state['pool']), draws), batch_size=None,
             num_workers=self.num_workers, worker_init_fn=_quiet_worker,
@@ -818,7 +820,7 @@ class Loader:
         again = len(self.state['pool'])
         for n, (draw, example) in enumerate(rows):
             if n >= again:
-                self.state['draw'] = draw[0] + 1
+                self.state['draw'] = draw[0] + self.stride
                 self.state['seen'] += 1
             if not isinstance(example, dict):
                 yield draw, example

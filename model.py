@@ -736,7 +736,16 @@ class VLM(nn.Module):
             flat, where = x.flatten(0, 1), batch['visual_index']
             flat = flat.index_add(0, where, seen) if self.config.recipe == 'molmo2' else flat.index_copy(0, where, seen)
             x = flat.view_as(x)
+        elif self.training and any(p.requires_grad for part in ('vision', 'connector') for p in self.parts()[part]):
+            x = x + 0 * self.see(self.blank()).sum().to(x.dtype)
         return x
+
+    def blank(self):
+        """A black picture of one patch. Text alone sees it times nothing: the gradients of tower and connector are then
+        zero and not missing, and the ranks that did see pictures need not wait for them in vain."""
+        dev, v = self.pixel_scale.device, self.config.vision
+        return {'patches': torch.zeros(1, 1, 3 * v.patch_size ** 2, dtype=torch.uint8, device=dev), 'grid': (1, 1),
+                'pool_index': torch.zeros(1, self.config.pooling ** 2, dtype=torch.long, device=dev)}
 
     def mask(self, batch):
         visual = torch.isin(batch['tokens'], self.visual_ids) if self.config.recipe == 'molmo2' else None

@@ -2,6 +2,7 @@
 
     python train.py config/demo_stage1.py                     a laptop, minutes
     python train.py config/stage1.py --batch_size=8           one GPU; --dry_run shows the plan and stops
+    torchrun --nproc-per-node=8 train.py config/stage1.py     a copy of the model on each of eight
     Ctrl-C or SIGTERM saves and exits; the same command continues, bit for bit.
 
 Settings are the assignments below (see configurator.py). What lands in out_dir: step001000/ (a checkpoint that is a
@@ -16,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from queue import Queue
@@ -45,7 +47,7 @@ video_pooling = 4              # patches a side that one visual token of a frame
 max_frames = 128               # of a clip, spread evenly when fps a second were more
 fps = 2.0
 seq_len = 4096                 # tokens a row at most
-batch_size = 32                # rows a micro-batch
+batch_size = 32                # rows a micro-batch of each process
 accumulation = 1               # micro-batches a step
 num_workers = 2                # processes that decode and tokenise; 0 does it between the steps
 packing = False                # fill rows of exactly seq_len with several examples; else a row is one example
@@ -79,7 +81,7 @@ max_nonfinite = 10             # stop after so many steps in a row whose gradien
 # -- machine
 device = 'auto'                # auto | cuda | mps | cpu
 dtype = 'auto'                 # auto | bfloat16 | float32 (the autocast type; weights and moments stay float32)
-threads = 0                    # CPU threads of torch; 0 leaves its own choice
+threads = 0                    # CPU threads of torch; 0: the cores, shared among the processes of this machine
 compile = False
 recompute = 0                  # n: every n-th block is computed again in the backward pass instead of kept
 seed = 1337
@@ -99,12 +101,32 @@ if __name__ == '__main__':
     settings = configure(globals())    # before torch loads: a typo is answered at once
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from data import (TASKS, Dataset, Loader, Mixture, Processor, mixture_sets, mixture_table, open_mixture,  # noqa: E402
                   processor_settings)
 from model import (UserError, VLM, from_hf, layout, load_model, load_weights, make_config,  # noqa: E402
                    memory_estimate, newest, part_table, pick_device, pick_dtype, read_json, save_model)
+
+
+rank, local_rank, world_size, local_world_size = (             # as torchrun sets them
+    int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_WORLD_SIZE', 1)))
+
+
+def sum_over_ranks(tensor):
+    if world_size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(value):
+    """[value of rank 0, value of rank 1, ...], on rank 0; elsewhere nothing of use."""
+    values = [value] * world_size
+    if world_size > 1:
+        dist.gather_object(value, values if not rank else None)
+    return values
 
 
 def cosine(x):
@@ -288,18 +310,19 @@ def task_losses(sums):
 
 @torch.no_grad()
 def evaluate(model, make_loader, dev, autocast):
-    """Weighted loss and per-task losses over the first eval_batches of the validation sets."""
+    """Weighted loss and per-task losses over the first eval_batches of each rank's share of the validation sets."""
     model.eval()
-    total, weight, sums = 0., 0., torch.zeros(2, len(TASKS))
+    total, sums = torch.zeros(2), torch.zeros(2, len(TASKS))
     for i, (batch, _) in enumerate(make_loader('validation')):
         if i == eval_batches:
             break
         with autocast:
             loss, nll = model(to_device(batch, dev))
-        total, weight = total + loss.item(), weight + batch['total_weight']
+        total += torch.tensor([loss.item(), batch['total_weight']])
         sums += task_sums(nll, batch['loss_tasks'].to(dev)).cpu()
     model.train()
-    return {'loss': total / max(weight, 1e-9), **task_losses(sums)}
+    loss, weight = sum_over_ranks(total).tolist()
+    return {'loss': loss / max(weight, 1e-9), **task_losses(sum_over_ranks(sums))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,15 +337,18 @@ def flush(path):
 
 
 def save_checkpoint(step, model, processor, optimizers, loader_state):
+    """Rank 0 writes; all of them tell it where they are."""
+    ranks = gather({'loader': loader_state, 'rng': torch.get_rng_state()})
+    if rank:
+        return
     folder = Path(out_dir) / f'step{step:06d}'
     temporary = folder.with_name(f'.{folder.name}.tmp')
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / 'train_state').mkdir(parents=True)
     save_model(model, temporary)
     processor.save(temporary)
-    torch.save({'step': step, 'loader': loader_state, 'optimizers': [o.state_dict() for o in optimizers],
-                'rng': torch.get_rng_state(), 'settings': {k: repr(v) for k, v in settings.items()}},
-               temporary / 'train_state' / 'state.pt')
+    torch.save({'step': step, 'ranks': ranks, 'optimizers': [o.state_dict() for o in optimizers],
+                'settings': {k: repr(v) for k, v in settings.items()}}, temporary / 'train_state' / 'state.pt')
     for path in [*temporary.rglob('*'), temporary]:
         flush(path)
     if folder.exists():
@@ -344,6 +370,10 @@ def find_checkpoint():
 def load_state(folder, optimizers):
     """Restores optimisers and random state; returns (step, loader state). Reads tensors and plain values only."""
     state = torch.load(folder / 'train_state' / 'state.pt', weights_only=True, map_location='cpu')
+    if len(state['ranks']) != world_size:
+        raise UserError(f"{folder} was trained by {len(state['ranks'])} processes, not {world_size}. Resume with "
+                        f"torchrun --nproc-per-node={len(state['ranks'])}, or start a new run: another out_dir with "
+                        f"--init_from={folder}")
     moved = lambda states: [(s['param_groups'][0].get('part'), len(s['param_groups'][0]['params'])) for s in states]
     if moved(state['optimizers']) != moved([opt.state_dict() for opt in optimizers]):
         raise UserError(f"{folder} was trained with other parts or another optimizer. Set train_vision, train_connector, "
@@ -353,12 +383,13 @@ def load_state(folder, optimizers):
         for group, now in zip(saved['param_groups'], opt.param_groups):
             group.update({k: v for k, v in now.items() if k != 'params'})    # settings of this run, moments of the last
         opt.load_state_dict(saved)
-    torch.set_rng_state(state['rng'])
+    mine = state['ranks'][rank]
+    torch.set_rng_state(mine['rng'])
     ignored = ('max_steps', 'out_dir', 'dry_run', 'log_interval', 'save_interval', 'eval_interval', 'keep')
     for key, value in settings.items():
         if key not in ignored and (before := state['settings'].get(key, repr(value))) != repr(value):
             print(f"note: {key} was {before} in this run's checkpoint and is {value!r} now")
-    return state['step'], state['loader']
+    return state['step'], mine['loader']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,11 +411,12 @@ def plan(dev, amp, checkpoint):
 def print_plan(model, dev, amp, checkpoint):
     """What was decided, once, before the long silence."""
     print('\n'.join(part_table(model)))
-    rows = batch_size * accumulation
+    rows = batch_size * accumulation * world_size
     print('\n'.join(mixture_table(mixture, data_dir, max_steps * rows)))
     if packing:
         print('  (draws as if a row held one example; python data.py with this config counts how many it holds)')
-    print(f"steps {max_steps:,} of {rows} rows = {batch_size} x {accumulation} micro-batches, at most "
+    print(f"steps {max_steps:,} of {rows} rows = {batch_size} x {accumulation} micro-batches"
+          + (f" x {world_size} processes" if world_size > 1 else '') + f", at most "
           f"{rows * seq_len:,} tokens a step, {rows * max_steps:,} rows in all")
     patches = seq_len * max(pooling, video_pooling) ** 2 if packing else 0       # rows of nothing but pictures
     memory = memory_estimate(model, batch_size, seq_len, recompute, amp, patches)
@@ -409,12 +441,13 @@ class Log:
     reading the losses does not make the device wait every step."""
 
     def __init__(self):
-        self.file, self.pending, self.board, self.wandb = open(Path(out_dir) / 'metrics.jsonl', 'a'), [], None, None
+        self.pending, self.board, self.wandb = [], None, None
+        self.file = open(os.devnull if rank else Path(out_dir) / 'metrics.jsonl', 'a')
         try:
-            if tensorboard:
+            if tensorboard and not rank:
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(out_dir)
-            if wandb_project:
+            if wandb_project and not rank:
                 import wandb
                 self.wandb = wandb.init(project=wandb_project, config=settings, name=Path(out_dir).name)
         except ImportError as e:
@@ -443,8 +476,14 @@ class Log:
 def main():
     """Set up, then the loop."""
     dev = pick_device(device)
-    if threads:
-        torch.set_num_threads(threads)
+    if threads or local_world_size > 1:
+        torch.set_num_threads(threads or max(1, os.cpu_count() // local_world_size))
+    if world_size > 1:
+        if dev.type == 'cuda':
+            dev = torch.device('cuda', local_rank)
+            torch.cuda.set_device(dev)
+        dist.init_process_group('cpu:gloo,cuda:nccl' if dev.type == 'cuda' else 'gloo')
+        sys.stdout = open(os.devnull, 'w') if rank else sys.stdout      # one of them tells
     if dev.type == 'cpu':
         keep_freed_memory()
     amp = pick_dtype(dtype, dev)
@@ -460,9 +499,12 @@ def main():
     step, loader_state = load_state(checkpoint, optimizers) if checkpoint else (0, None)
     if compile:
         model.compile()
+    trained = model
+    if world_size > 1:                       # adds up the gradients of all ranks while the backward pass goes on
+        trained = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     Path(out_dir).mkdir(parents=True, exist_ok=True)
-    for stray in Path(out_dir).glob('.step*.tmp'):         # a save that was cut off
+    for stray in Path(out_dir).glob('.step*.tmp') if not rank else ():      # a save that was cut off
         shutil.rmtree(stray)
     log = Log()
     skipped = open(Path(out_dir) / 'skipped.jsonl', 'a')
@@ -483,60 +525,63 @@ def main():
             chosen = Mixture(*zip(*held), seed)
         return Loader(chosen, processor, batch_size, num_workers if split == 'train' else 0, state,
                       seq_len if static_shapes or packing else 0, max_bad_fraction,
-                      report if split == 'train' else None, packing)
+                      report if split == 'train' else None, packing, rank, world_size)
 
     loader = make_loader('train', loader_state)
     held_out = eval_interval and make_loader('validation')
     if eval_interval and not held_out:
         print(f'no dataset has a validation.jsonl in {data_dir}: no validation loss')
     batches = prefetch(iter(loader), dev)
-    stop = []                                              # a signal asks; the loop answers after the step
+    stop, stopping = [], False                             # a signal asks; the loop answers after the step
     for sig in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sig, lambda *_: stop.append(True))
     peak = next((p for name, p in PEAK.items() if dev.type == 'cuda' and name in torch.cuda.get_device_name()), None)
     nonfinite = torch.zeros(2, device=dev)                 # in a row, in all
-    bar = tqdm(total=max_steps, initial=step, unit='step', disable=None)
+    bar = tqdm(total=max_steps, initial=step, unit='step', disable=True if rank else None)
     started = clock = time.perf_counter()
 
-    while step < max_steps and not stop:
+    while step < max_steps and not stopping:
         # -- the micro-batches of this step. Their loss is one weighted mean: sum(weight x nll) / sum(weight) over all
-        #    of them, because the mean of means is not the mean: (x1/n1 + x2/n2)/2 != (x1+x2)/(n1+n2).
+        #    of them and all ranks, because the mean of means is not the mean: (x1/n1 + x2/n2)/2 != (x1+x2)/(n1+n2).
         waiting = time.perf_counter()
         micros = []
         for _ in range(accumulation):
             batch, loader_state = next(batches)
             micros.append(batch)
         waited = time.perf_counter() - waiting
-        total_weight = sum(m['total_weight'] for m in micros)
+        total_weight, tokens, loss_tokens, visual_tokens, operations, bad_rows = sum_over_ranks(torch.tensor([
+            sum(m['total_weight'] for m in micros), sum(m['n_tokens'] for m in micros),
+            sum(len(m['loss_index']) for m in micros), sum(len(m.get('visual_index', ())) for m in micros),
+            sum(flops(model, m) for m in micros), sum(loader_state['skipped'].values())], dtype=torch.float64)).tolist()
         loss, sums = 0., 0.
-        for micro in micros:
-            with autocast:
-                weighted, nll = model(micro)
-            (weighted / total_weight).backward()
+        for i, micro in enumerate(micros):
+            with trained.no_sync() if world_size > 1 and i < accumulation - 1 else nullcontext():
+                with autocast:
+                    weighted, nll = trained(micro)
+                (weighted * world_size / total_weight).backward()       # the wrapper divides by world_size
             loss = loss + weighted.detach() / total_weight
             sums = sums + task_sums(nll, micro['loss_tasks'])
         norm, bad = step_optimizers(optimizers, step)
         nonfinite = torch.stack([(nonfinite[0] + 1) * bad, nonfinite[1] + bad])
         step += 1
+        loss, sums = sum_over_ranks(loss), sum_over_ranks(sums)
+        stopping = sum_over_ranks(torch.tensor(len(stop))).item() > 0
 
         # -- keep track
         now = time.perf_counter()
         seconds, clock = now - clock, now
-        tokens = sum(m['n_tokens'] for m in micros)
         record = {'step': step, 'loss': loss, 'sums': sums, 'lr': learning_rate * get_lr_scale(step - 1, warmup_steps),
                   'grad_norm': norm, 'nonfinite': nonfinite[1], 'seconds': seconds, 'data_wait': waited,
-                  'minutes': (now - started) / 60, 'tokens': tokens,
-                  'loss_tokens': sum(len(m['loss_index']) for m in micros),
-                  'visual_tokens': sum(len(m.get('visual_index', ())) for m in micros),
-                  'tokens_per_second': tokens / seconds, 'skipped': sum(loader_state['skipped'].values()),
-                  'tflops': sum(flops(model, m) for m in micros) / seconds / 1e12}
+                  'minutes': (now - started) / 60, 'tokens': int(tokens), 'loss_tokens': int(loss_tokens),
+                  'visual_tokens': int(visual_tokens), 'tokens_per_second': tokens / seconds, 'skipped': int(bad_rows),
+                  'tflops': operations / seconds / 1e12}
         if peak:
-            record['mfu'] = record['tflops'] * 1e12 / peak
+            record['mfu'] = operations / seconds / peak / world_size
         if dev.type == 'cuda':
             record['memory_gb'] = torch.cuda.max_memory_allocated() / 1e9
         log.add(record)
         bar.update()
-        if step % log_interval == 0 or step == max_steps or stop:
+        if step % log_interval == 0 or step == max_steps or stopping:
             last = log.flush()
             bar.set_postfix_str(f"loss {last['loss']:.3f} | {last['tokens_per_second']:,.0f} tok/s | "
                                 f"data {100 * waited / seconds:.0f}%")
@@ -544,7 +589,7 @@ def main():
                 print(f"step {step}: loss {last['loss']:.3f}, {last['tokens_per_second']:,.0f} tokens/s, waited "
                       f"{waited:.3f} s of {seconds:.3f} for data", flush=True)
             if nonfinite[0] >= max_nonfinite:
-                rows = [r for m in micros for r in m['rows']]
+                rows = gather([r for m in micros for r in m['rows']])
                 (Path(out_dir) / 'nonfinite_rows.json').write_text(json.dumps(rows))
                 raise UserError(f"{int(nonfinite[0])} steps in a row had a gradient that was not finite; the weights "
                                 f"are those of before. Lower learning_rate or use dtype = 'float32'; the last step's "
@@ -555,15 +600,14 @@ def main():
             log.flush()
             tqdm.write(f'step {step}: validation ' + ', '.join(f'{k} {v:.3f}' for k, v in result.items()))
             clock = time.perf_counter()
-        if step % save_interval == 0 or step == max_steps or stop:
+        if step % save_interval == 0 or step == max_steps or stopping:
             save_checkpoint(step, model, processor, optimizers, loader_state)
             clock = time.perf_counter()
     bar.close()
-    print(f"{'stopped' if stop else 'done'} at step {step} after {(time.perf_counter() - started) / 60:.1f} minutes; "
+    print(f"{'stopped' if stopping else 'done'} at step {step} after {(time.perf_counter() - started) / 60:.1f} minutes; "
           f"{out_dir}/step{step:06d}" if step else 'nothing to do')
-    if loader_state and loader_state['skipped']:
-        print('rows skipped: ' + ', '.join(f'{k} {n}' for k, n in loader_state['skipped'].items())
-              + f'; see {out_dir}/skipped.jsonl')
+    if all_skipped := sum((Counter(n) for n in gather(loader_state['skipped'] if loader_state else {})), Counter()):
+        print('rows skipped: ' + ', '.join(f'{k} {n}' for k, n in all_skipped.items()) + f'; see {out_dir}/skipped.jsonl')
 
 
 if __name__ == '__main__':
@@ -571,3 +615,5 @@ if __name__ == '__main__':
         main()
     except UserError as e:
         sys.exit(f'error: {e}')
+    if world_size > 1:
+        dist.destroy_process_group()         # not before main's wrapper is gone: it hangs

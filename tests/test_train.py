@@ -253,6 +253,42 @@ def test_frozen_parts_stay_and_carry_no_state(world, tmp_path):
     assert 'was trained with other parts' in error and error.count('\n') == 1
 
 
+# -- several processes
+
+def run_two(world, out, code=0, **settings):
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2']
+    done = subprocess.run([*launch, *command(world, out, **settings)[1:]], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode != 0) == code, done.stdout + done.stderr
+    return done
+
+
+def test_two_processes_take_the_steps_of_one(world, tmp_path):
+    """Pictures on one rank while the other reads text alone: tokens and weights differ between them, and so would a
+    mean of their means; the tower of one has nothing to see."""
+    settings = dict(max_steps=6, schedule='constant', eval_interval=3, eval_batches=2, accumulation=2,
+                    mixture="{'shapes': 0.5, 'shapes_text': 0.5}")
+    run(world, tmp_path / 'one', batch_size=2, **settings)
+    run_two(world, tmp_path / 'two', batch_size=1, **{**settings, 'max_steps': 3})
+    run_two(world, tmp_path / 'two', batch_size=1, **settings)                       # goes on where it was
+    records = [(tmp_path / out / 'metrics.jsonl').read_text().splitlines() for out in ('one', 'two')]
+    assert len(records[0]) == len(records[1]) == 8
+    for one, two in zip(*(map(json.loads, lines) for lines in records)):
+        for key in one.keys() - {'seconds', 'data_wait', 'minutes', 'tokens_per_second', 'tflops'}:
+            assert one[key] == pytest.approx(two[key], abs=1e-5), (one['step'], key)
+    one, two = weights(tmp_path / 'one'), weights(tmp_path / 'two')
+    assert max((one[k] - two[k]).abs().max() for k in one) < 1e-5
+
+
+def test_two_processes_resume_bit_for_bit_and_not_as_one(world, tmp_path):
+    settings = dict(packing=True, schedule='constant', batch_size=1)
+    run_two(world, tmp_path / 'whole', max_steps=6, **settings)
+    run_two(world, tmp_path / 'cut', max_steps=3, **settings)
+    run_two(world, tmp_path / 'cut', max_steps=6, **settings)
+    assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'cut'))
+    done = run(world, tmp_path / 'cut', code=1, max_steps=9, **settings)
+    assert 'trained by 2 processes, not 1' in done.stderr and 'Traceback' not in done.stderr
+
+
 # -- kindness
 
 def test_dry_run_prints_the_plan_and_writes_nothing(world, tmp_path):
@@ -265,7 +301,7 @@ def test_dry_run_of_stage1_needs_neither_weights_nor_data():
     done = subprocess.run([sys.executable, 'train.py', 'config/stage1.py', '--dry_run', '--device=cpu'], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert '596,049,920  trained' in done.stdout and '290,909,184  frozen' in done.stdout
+    assert '596,049,920   67.1%  trained' in done.stdout and '290,909,184   32.8%  frozen' in done.stdout
     assert 'missing: data/pixmo-cap/train.jsonl' in done.stdout
 
 
