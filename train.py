@@ -590,7 +590,8 @@ def main():
                       f"{waited:.3f} s of {seconds:.3f} for data", flush=True)
             if nonfinite[0] >= max_nonfinite:
                 rows = gather([r for m in micros for r in m['rows']])
-                (Path(out_dir) / 'nonfinite_rows.json').write_text(json.dumps(rows))
+                if not rank:
+                    (Path(out_dir) / 'nonfinite_rows.json').write_text(json.dumps(rows))
                 raise UserError(f"{int(nonfinite[0])} steps in a row had a gradient that was not finite; the weights "
                                 f"are those of before. Lower learning_rate or use dtype = 'float32'; the last step's "
                                 f"rows are in {out_dir}/nonfinite_rows.json")
