@@ -236,7 +236,6 @@ class Segments:
     call, padded: to twice the queries and 1.4 times the keys at most. Trees of short conversations cost several times
     less than under a row's dense mask, and the rule is the same.
     """
-
     BLOCK = 64
 
     def __init__(self, document_ids, branch_ids):
@@ -248,12 +247,12 @@ class Segments:
         roots = {(row[i], document[i]): (i, n) for i, n in zip(start, length) if branch[i] == 0}
         shared, shared_length = np.array([roots.get((row[i], document[i]), (0, 0)) if branch[i] else (0, 0)
                                           for i in start]).T
-        blocks = np.where(shared_length == 0, -(-length // self.BLOCK), 1)           # of each stretch
-        i = np.repeat(np.arange(len(start)), blocks)
+        alone = shared_length == 0
+        blocks = np.where(alone, -(-length // self.BLOCK), 1)
+        i = np.repeat(np.arange(len(start)), blocks)                                 # the stretch of each block
         before = self.BLOCK * (np.arange(len(i)) - (np.cumsum(blocks) - blocks)[i])  # tokens of the blocks before it
-        shared, shared_length = (np.where(shared_length[i] == 0, *x) for x in ((start[i], shared[i]),
-                                                                               (before, shared_length[i])))
-        length = np.where(blocks[i] > 1, np.minimum(length[i] - before, self.BLOCK), length[i])
+        shared, shared_length = np.where(alone, start, shared)[i], np.where(alone[i], before, shared_length[i])
+        length = np.where(alone[i], np.minimum(length[i] - before, self.BLOCK), length[i])
         start = start[i] + before
         self.groups, self.place, base = [], np.empty(B * L, np.int64), 0
         bucket = np.ceil(np.log2(length)) * 64 + np.ceil(2 * np.log2(shared_length + length))

@@ -4,15 +4,16 @@ from config.demo_stage2 import *  # noqa: F403
 out_dir = 'out/demo_stage3'
 init_from = 'out/demo_stage2'
 mixture = {
-    'pictures': {'rate': 0.3, 'sets': {'shapes': {}, 'clocks': {}, 'shapes_text': {'cap': 2000}}},
+    'pictures': {'rate': 0.4, 'sets': {'shapes': {}, 'clocks': {}, 'shapes_text': {'cap': 2000}}},
     'several pictures': {'rate': 0.15, 'sets': {'shapes_many': {}}},
-    'videos': {'rate': 0.55, 'sets': {'clips': {}, 'long_clips': {}}},
+    'videos': {'rate': 0.45, 'sets': {'clips': {}, 'long_clips': {}}},
 }
+task_weights = {'captioning': 3.0, 'qa': 4.0, 'counting': 5.0, 'pointing': 2.0, 'tracking': 1.0, 'text': 4.0}
 max_frames = 48
 seq_len = 2048
 batch_size = 4
-muon_learning_rate = 2e-3
-learning_rate = 1e-3
+muon_learning_rate = 1e-3
+learning_rate = 5e-4
 warmup_steps = 20
 max_steps = 300
 eval_interval = 150

@@ -1,6 +1,6 @@
 # Your own data: a folder data/mine with train.jsonl (docs/data.md), from the demo's checkpoint or any other.
 out_dir = 'out/mine'
-init_from = 'out/demo_stage1'
+init_from = 'out/demo_stage3'
 mixture = {'mine': 1.0}
 image_size = 64                # those of the checkpoint that you start from
 pooling = 2

@@ -523,13 +523,14 @@ def test_mask_against_loops():
         assert got[:, 0].diagonal(dim1=1, dim2=2).all()    # no empty row
 
 
-def test_segments_are_the_dense_mask_and_its_gradients():
-    """The CPU's training path on random trees: prefixes may be empty, rows may end in padding."""
+def test_segments_are_the_dense_mask_and_its_gradients(monkeypatch):
+    """The CPU's training path on random trees: prefixes may be empty, rows may end in padding; long ones in blocks."""
     generator = torch.Generator().manual_seed(0)
 
     def number(low, high):
         return int(torch.randint(low, high, (), generator=generator))
-    for _ in range(30):
+    for case in range(30):
+        monkeypatch.setattr(m.Segments, 'BLOCK', 3 if case % 2 else 64)
         document, branch = torch.zeros(2, 3, 40, dtype=torch.long)
         for b in range(3):
             i = 0
