@@ -312,17 +312,17 @@ def task_losses(sums):
 def evaluate(model, make_loader, dev, autocast):
     """Weighted loss and per-task losses over the first eval_batches of each rank's share of the validation sets."""
     model.eval()
-    total, sums = torch.zeros(2), torch.zeros(2, len(TASKS))
+    total, weight, sums = 0., 0., torch.zeros(2, len(TASKS))
     for i, (batch, _) in enumerate(make_loader('validation')):
         if i == eval_batches:
             break
         with autocast:
             loss, nll = model(to_device(batch, dev))
-        total += torch.tensor([loss.item(), batch['total_weight']])
+        total, weight = total + loss.item(), weight + batch['total_weight']
         sums += task_sums(nll, batch['loss_tasks'].to(dev)).cpu()
     model.train()
-    loss, weight = sum_over_ranks(total).tolist()
-    return {'loss': loss / max(weight, 1e-9), **task_losses(sum_over_ranks(sums))}
+    total, weight = sum_over_ranks(torch.tensor([total, weight], dtype=torch.float64)).tolist()
+    return {'loss': total / max(weight, 1e-9), **task_losses(sum_over_ranks(sums))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -589,7 +589,7 @@ def main():
                 print(f"step {step}: loss {last['loss']:.3f}, {last['tokens_per_second']:,.0f} tokens/s, waited "
                       f"{waited:.3f} s of {seconds:.3f} for data", flush=True)
             if nonfinite[0] >= max_nonfinite:
-                rows = gather([r for m in micros for r in m['rows']])
+                rows = sum(gather([r for m in micros for r in m['rows']]), [])
                 if not rank:
                     (Path(out_dir) / 'nonfinite_rows.json').write_text(json.dumps(rows))
                 raise UserError(f"{int(nonfinite[0])} steps in a row had a gradient that was not finite; the weights "

@@ -39,8 +39,9 @@ def command(world, out, *args, **settings):
     return [sys.executable, str(ROOT / 'train.py'), *args, *(f'--{k}={v}' for k, v in settings.items())]
 
 
-def run(world, out, *args, code=0, **settings):
-    done = subprocess.run(command(world, out, *args, **settings), capture_output=True, text=True, cwd=ROOT,
+def run(world, out, *args, code=0, launch=(), **settings):
+    python, *rest = command(world, out, *args, **settings)
+    done = subprocess.run([python, *launch, *rest], capture_output=True, text=True, cwd=ROOT,
                           env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == code, done.stdout + done.stderr
     return done
@@ -255,11 +256,7 @@ def test_frozen_parts_stay_and_carry_no_state(world, tmp_path):
 
 # -- several processes
 
-def run_two(world, out, code=0, **settings):
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2']
-    done = subprocess.run([*launch, *command(world, out, **settings)[1:]], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode != 0) == code, done.stdout + done.stderr
-    return done
+TWO = ('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2')
 
 
 def test_two_processes_take_the_steps_of_one(world, tmp_path):
@@ -268,8 +265,8 @@ def test_two_processes_take_the_steps_of_one(world, tmp_path):
     settings = dict(max_steps=6, schedule='constant', eval_interval=3, eval_batches=2, accumulation=2,
                     mixture="{'shapes': 0.5, 'shapes_text': 0.5}")
     run(world, tmp_path / 'one', batch_size=2, **settings)
-    run_two(world, tmp_path / 'two', batch_size=1, **{**settings, 'max_steps': 3})
-    run_two(world, tmp_path / 'two', batch_size=1, **settings)                       # goes on where it was
+    run(world, tmp_path / 'two', batch_size=1, **{**settings, 'max_steps': 3}, launch=TWO)
+    run(world, tmp_path / 'two', batch_size=1, **settings, launch=TWO)           # goes on where it was
     records = [(tmp_path / out / 'metrics.jsonl').read_text().splitlines() for out in ('one', 'two')]
     assert len(records[0]) == len(records[1]) == 8
     for one, two in zip(*(map(json.loads, lines) for lines in records)):
@@ -281,9 +278,9 @@ def test_two_processes_take_the_steps_of_one(world, tmp_path):
 
 def test_two_processes_resume_bit_for_bit_and_not_as_one(world, tmp_path):
     settings = dict(packing=True, schedule='constant', batch_size=1)
-    run_two(world, tmp_path / 'whole', max_steps=6, **settings)
-    run_two(world, tmp_path / 'cut', max_steps=3, **settings)
-    run_two(world, tmp_path / 'cut', max_steps=6, **settings)
+    run(world, tmp_path / 'whole', max_steps=6, **settings, launch=TWO)
+    run(world, tmp_path / 'cut', max_steps=3, **settings, launch=TWO)
+    run(world, tmp_path / 'cut', max_steps=6, **settings, launch=TWO)
     assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'cut'))
     done = run(world, tmp_path / 'cut', code=1, max_steps=9, **settings)
     assert 'trained by 2 processes, not 1' in done.stderr and 'Traceback' not in done.stderr
