@@ -36,6 +36,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer
 
@@ -618,6 +619,46 @@ def see(seen):
     return batch
 
 
+def share_rows(batch, index, n):
+    """Piece `index` of the `n` that a batch is cut into for as many ranks: a stretch of every row's tokens with their
+    losses, the visual tokens among them, and a share of the crops. Rows are padded until n divides them, and so are the
+    crops, whose features all ranks gather, those of rank 0 first (model.py, VLM.see). What masks are made of stays
+    whole: document_ids, branch_ids and, as `row_tokens`, the tokens.
+    """
+    (B, L), cut = batch['tokens'].shape, dict(batch)
+    size = -(-L // n)
+    mine = slice(index * size, (index + 1) * size)
+    for key in ('tokens', 'targets', 'loss_weights', 'position_ids', 'document_ids', 'branch_ids'):
+        cut[key] = F.pad(batch[key], (0, n * size - L), value=-1 if key == 'document_ids' else 0)    # [B, n size]
+    cut['row_tokens'], real = cut['tokens'], cut['document_ids'][:, mine] >= 0
+    for key in ('tokens', 'targets', 'loss_weights', 'position_ids'):
+        cut[key] = cut[key][:, mine].contiguous()                                                # [B, size]
+
+    def place(flat):
+        """Flat places in [B, L] -> which of them are in this piece, and where in [B, size]."""
+        row, column = flat // L, flat % L - mine.start
+        inside = (column >= 0) & (column < size)
+        return inside, (row * size + column)[inside]
+    inside, cut['loss_index'] = place(batch['loss_index'])
+    cut['loss_tasks'] = batch['loss_tasks'][inside]
+    if 'pool_index' in batch:
+        kinds = [(name, *batch[name].shape[:2], -(-len(batch[name]) // n)) for name in ('patches', 'frames')
+                 if name in batch]           # a name, its crops, the patches of one, the crops of a share
+        share, before, gathered = sum(p * crops for _, _, p, crops in kinds), 0, []
+        for name, number, patches, crops in kinds:
+            padded = F.pad(batch[name], (0, 0, 0, 0, 0, n * crops - number))
+            cut[name] = padded[index * crops:(index + 1) * crops].contiguous()
+            i = torch.arange(number * patches)
+            gathered.append(i // (crops * patches) * share + before + i % (crops * patches))
+            before += crops * patches
+        inside, cut['visual_index'] = place(batch['visual_index'])
+        pool = batch['pool_index'][inside]
+        cut['pool_index'] = torch.where(pool < 0, -1, torch.cat(gathered)[pool.clamp(min=0)])
+    cut.update(n_tokens=int(real.sum()), total_weight=float(cut['loss_weights'].sum()),
+               n_pairs=int((cut['position_ids'] + 1)[real].sum()))
+    return cut
+
+
 POOL = 48                          # examples to choose a row from; more gains nothing (Molmo2, appendix B)
 
 
@@ -817,14 +858,15 @@ class Loader:
             num_workers=self.num_workers, worker_init_fn=_quiet_worker,
             prefetch_factor=4 * self.batch_size if self.num_workers else None,
             multiprocessing_context='fork' if self.num_workers and sys.platform == 'linux' else None)
-        again = len(self.state['pool'])
+        again = self.left = self.state['pool']
         for n, (draw, example) in enumerate(rows):
-            if n >= again:
+            self.left = again[n + 1:]
+            if n >= len(again):
                 self.state['draw'] = draw[0] + self.stride
                 self.state['seen'] += 1
             if not isinstance(example, dict):
                 yield draw, example
-            elif n >= again:
+            elif n >= len(again):
                 self._skip(example)
 
     def __iter__(self):
@@ -837,7 +879,7 @@ class Loader:
                 row = next_row(pool, examples, self.length, size) if self.packed else [next(examples)]
                 rows.append([example for _, example in row])
                 taken += [(name(dataset), i) for (_, dataset, i), _ in row]
-            self.state['pool'] = [list(draw) for draw, _ in pool]
+            self.state['pool'] = [list(draw) for draw, _ in pool] + self.left
             batch = collate(rows, self.rows.processor, self.length)
             batch['rows'] = taken
             yield batch, {**self.state, 'skipped': dict(self.state['skipped'])}
@@ -852,6 +894,22 @@ class Loader:
             raise UserError(f"{bad} of {self.state['seen']} rows could not be used, more than max_bad_fraction = "
                             f"{self.max_bad_fraction}: {self.state['skipped']}; last: {problem['row']}: "
                             f"{problem['problem']}")
+
+
+def deal_out(states, n, mixture):
+    """The states of some loaders that read a mixture together -> those of `n` that go on together: what waited in the
+    pools and what the slower ones had still to draw is dealt out, the new draws begin after the fastest."""
+    if len(states) == n:
+        return states
+    following = {s['draw'] % len(states): s['draw'] for s in states}
+    first, end = min(following.values()), max(following.values())
+    drawn = itertools.takewhile(lambda draw: draw[0] < end, mixture.draws(first))
+    left = sorted(row for s in states for row in s['pool'])
+    left += [list(draw) for draw in drawn if draw[0] >= following[draw[0] % len(states)]]
+    dealt = [{'draw': end + i, 'pool': left[i::n], 'seen': 0, 'skipped': {}} for i in range(n)]
+    dealt[0].update(seen=sum(s['seen'] for s in states),
+                    skipped=dict(sum((Counter(s['skipped']) for s in states), Counter())))
+    return dealt
 
 
 # ---------------------------------------------------------------------------------------------------------------------

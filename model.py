@@ -24,14 +24,17 @@ import math
 import re
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -49,8 +52,11 @@ def pick_device(name='auto'):
 
 def pick_dtype(name, device):
     """'auto': bfloat16 where the hardware multiplies it (CUDA from Ampere on, CPUs with AVX512-BF16), else float32."""
-    if name != 'auto':
+    names = 'bfloat16', 'float16', 'float32'
+    if name in names:
         return getattr(torch, name)
+    if name != 'auto':
+        raise UserError(f"dtype = '{name}' is not one of auto, {', '.join(names)}")
     fast_cpu = device.type == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
     return torch.bfloat16 if fast_cpu or device.type == 'cuda' and torch.cuda.is_bf16_supported() else torch.float32
 
@@ -269,6 +275,7 @@ class Segments:
             base += queries.size
         self.place = torch.from_numpy(self.place)          # [B L], where each token's result stands in the pieces
 
+    @torch.compiler.disable                                # other pieces in every batch
     def attend(self, query, key, value):
         """As `attention`; query [B, heads, L, D], key and value [B, kv heads, L, D]."""
         flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]                    # [B L, heads, D]
@@ -280,16 +287,88 @@ class Segments:
         return torch.cat(pieces).index_select(0, self.place).unflatten(0, (len(query), -1)).transpose(1, 2)
 
 
+# their names from torch 2.13 on, and those of before
+all_gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, 'reduce_scatter_single', None) or dist.reduce_scatter_tensor
+
+
+class AllToAll(torch.autograd.Function):
+    """x [N, ...] on each of N ranks -> [N, ...]: piece j of rank i becomes piece i of rank j. Its own inverse, and so
+    its own gradient."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AllToAll.apply(grad, ctx.group), None
+
+
+class AllGather(torch.autograd.Function):
+    """x [n, ...] on each of N ranks -> [N n, ...], the same on all. The gradient of x is the sum of the ranks' for it."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        out = x.new_empty(group.size() * len(x), *x.shape[1:])
+        all_gather(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        out = grad.new_empty(len(grad) // ctx.group.size(), *grad.shape[1:])
+        reduce_scatter(out, grad.contiguous(), group=ctx.group)
+        return out, None
+
+
+@dataclass
+class Ulysses:
+    """The mask of rows that the N ranks of `group` share, each holding one piece of every row's tokens (Jacobs et al.
+    2023, arXiv 2309.14509).
+
+        before      rank 0: tokens 0..3, all heads          rank 1: tokens 4..7, all heads
+           │  all-to-all: I give each rank its heads of my tokens, and get my heads of its tokens
+           ▼
+        attention   rank 0: all tokens, heads 0..1          rank 1: all tokens, heads 2..3
+           │  all-to-all back
+           ▼
+        after       rank 0: tokens 0..3, all heads          rank 1: tokens 4..7, all heads
+
+    In between each rank has whole rows, so any attention under any mask will do. The exchange moves 1 / N of what a
+    rank holds to each of the others: more ranks, fewer bytes for each. All else in a decoder is done token by token.
+    """
+    mask: object                           # of the whole rows: whatever `attention` takes
+    group: object                          # a process group
+
+    @torch.compiler.disable                                # what it calls compiles itself
+    def attend(self, query, key, value):
+        """As `attention`; query [B, heads, L / N, D], key and value [B, kv heads, L / N, D] of this rank's tokens."""
+        N = self.group.size()
+        # Query heads are dealt out in order, and with them the key heads they read: repeated until N divides them
+        repeat = N // math.gcd(key.shape[1], N)
+        key, value = (x.repeat_interleave(repeat, 1) if repeat > 1 else x for x in (key, value))
+        mine = torch.cat([x.unflatten(1, (N, -1)) for x in (query, key, value)], 2)              # [B, N, h, L / N, D]
+        x = AllToAll.apply(mine.transpose(0, 1), self.group)                                     # [N, B, h, L / N, D]
+        x = x.permute(1, 2, 0, 3, 4).flatten(2, 3)                                               # [B, h, L, D]
+        x = attention(*x.split([query.shape[1] // N, key.shape[1] // N, key.shape[1] // N], 1), self.mask)
+        x = x.unflatten(2, (N, -1)).permute(2, 0, 1, 3, 4)                                # [N, B, heads / N, L / N, D]
+        return AllToAll.apply(x, self.group).transpose(0, 1).flatten(1, 2)
+
+
 _flex_attention = torch.compile(flex_attention)  # compiles at its first call, which only CUDA makes
 
 
 def attention(query, key, value, mask):
     """query [B, heads, L, D], key and value [B, kv heads, S, D] -> [B, heads, L, D].
 
-    mask: None (all see all), 'causal', boolean [B, 1, L, S], or a block mask. Query head h reads key head
-    h // (heads / kv heads).
+    mask: None (all see all), 'causal', boolean [B, 1, L, S], a block mask, Segments or Ulysses. Query head h reads key
+    head h // (heads / kv heads).
     """
-    if isinstance(mask, Segments):
+    if isinstance(mask, (Segments, Ulysses)):
         return mask.attend(query, key, value)
     if isinstance(mask, BlockMask):
         return _flex_attention(query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1])
@@ -314,6 +393,17 @@ ACTIVATION = {
 }
 
 
+@torch.compiler.disable                    # other numbers of crops in every batch
+def crop_attention(query, key, value, shapes):
+    """Attention inside each crop. query, key, value [T, heads, d] of all; shapes [(N, P), ..]: first N crops of P tokens
+    each, then others."""
+    seen, sizes = [], [n * p for n, p in shapes]
+    for shape, *qkv in zip(shapes, *(x.split(sizes) for x in (query, key, value))):
+        x = attention(*(x.unflatten(0, shape).transpose(1, 2) for x in qkv), None)               # [N, heads, P, d]
+        seen.append(x.transpose(1, 2).flatten(0, 1))
+    return torch.cat(seen)                                                                       # [T, heads, d]
+
+
 class VisionAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -321,11 +411,11 @@ class VisionAttention(nn.Module):
         for name in ('q_proj', 'k_proj', 'v_proj', 'out_proj'):
             setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size))
 
-    def forward(self, x):                                                                        # [N, P, D]
+    def forward(self, x, shapes):
+        """x [T, D] the tokens of all crops, shapes as in `crop_attention`."""
         x = x.to(compute_dtype(x))
-        query, key, value = (f(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)            # [N, heads, P, d]
-                             for f in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attention(query, key, value, None).transpose(1, 2).flatten(2))
+        query, key, value = (f(x).unflatten(-1, (self.num_heads, -1)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(crop_attention(query, key, value, shapes).flatten(1))
 
 
 class VisionMLP(nn.Module):
@@ -347,8 +437,8 @@ class VisionBlock(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = VisionMLP(config)
 
-    def forward(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
+    def forward(self, x, shapes):
+        x = x + self.self_attn(self.layer_norm1(x), shapes)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -389,8 +479,8 @@ def sincos_positions(grid, width):
 class VisionTransformer(nn.Module):
     """CLIP (Radford et al. 2021) and SigLIP2 (Tschannen et al. 2025) towers.
 
-    forward: patches [N, P, patch_dim] as the tower wants its pixels, grid (rows, columns) with rows x columns = P
-    -> [N, P, hidden_size x len(feature_layers)], the class token dropped.
+    forward: [(patches [N, P, patch_dim] as the tower wants its pixels, grid (rows, columns) of the P), ..], crops of
+    each size -> [sum of N P, hidden_size x len(feature_layers)], all patches in order, the class tokens dropped.
     """
 
     def __init__(self, config):
@@ -400,16 +490,22 @@ class VisionTransformer(nn.Module):
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.style == 'clip' else None
         self.encoder = nn.ModuleDict({'layers': nn.ModuleList(VisionBlock(config) for _ in range(config.num_layers))})
 
-    def forward(self, patches, grid):
-        x = self.embeddings(patches, grid)
+    def forward(self, crops):
+        x = [self.embeddings(*crop) for crop in crops]                                           # [N, P, D]
+        shapes = [y.shape[:2] for y in x]
+        x = torch.cat([y.flatten(0, 1) for y in x])                                              # [T, D]
         if self.pre_layrnorm is not None:
             x = self.pre_layrnorm(x)
         outputs = {}
         for i, block in enumerate(self.encoder['layers']):
-            x = checkpoint(block, x, use_reentrant=False) if runs_again(self.recompute, i) else block(x)
+            x = checkpoint(block, x, shapes, use_reentrant=False) if runs_again(self.recompute, i) else block(x, shapes)
             if i in self.config.feature_layers:
-                outputs[i] = x[:, 1:] if self.config.style == 'clip' else x
-        return torch.cat([outputs[i] for i in self.config.feature_layers], -1)
+                outputs[i] = x
+        x = torch.cat([outputs[i] for i in self.config.feature_layers], -1)
+        if self.config.style == 'clip':
+            x = torch.cat([y.unflatten(0, shape)[:, 1:].flatten(0, 1)
+                           for y, shape in zip(x.split([n * p for n, p in shapes]), shapes)])
+        return x
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -550,12 +646,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(d, config.rms_norm_eps)
         self.k_norm = RMSNorm(d, config.rms_norm_eps)
 
-    def forward(self, x, rotary, mask, cache=None, layer=0, rows=None):
+    def forward(self, x, rotary, mask, extend=None, rows=None):
         query, key, value = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))
         query, key = rotate(self.q_norm(query), *rotary), rotate(self.k_norm(key), *rotary)      # [B, L, heads, d]
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))                     # [B, heads, L, d]
-        if cache is not None:
-            key, value = cache.extend(layer, key, value)
+        if extend is not None:
+            key, value = extend(key, value)
         x = attention(query, key, value, mask).transpose(1, 2).flatten(2)                        # [B, L, heads x d]
         return self.o_proj(x if rows is None else x.flatten(0, 1).index_select(0, rows))
 
@@ -568,8 +664,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.hidden_size)
 
-    def forward(self, x, rotary, mask, cache=None, layer=0, rows=None, dropout=0.):
-        attended = self.self_attn(self.input_layernorm(x), rotary, mask, cache, layer, rows)
+    def forward(self, x, rotary, mask, extend=None, rows=None, dropout=0.):
+        attended = self.self_attn(self.input_layernorm(x), rotary, mask, extend, rows)
         x = (x if rows is None else x.flatten(0, 1).index_select(0, rows)) + F.dropout(attended, dropout)
         return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), dropout)
 
@@ -597,9 +693,9 @@ class Decoder(nn.Module):
         for i, block in enumerate(self.layers):
             keep = rows if i == len(self.layers) - 1 else None
             if runs_again(self.recompute, i):
-                x = checkpoint(block, x, rotary, mask, None, i, keep, dropout, use_reentrant=False)
+                x = checkpoint(block, x, rotary, mask, None, keep, dropout, use_reentrant=False)
             else:
-                x = block(x, rotary, mask, cache, i, keep, dropout)
+                x = block(x, rotary, mask, partial(cache.extend, i) if cache else None, keep, dropout)
         if cache is not None:
             cache.length += position_ids.shape[1]
         return self.norm(x)
@@ -677,11 +773,14 @@ class VLM(nn.Module):
             self.lm_head = nn.Linear(config.language.hidden_size, config.language.vocab_size, bias=False)
         self.chunk = 1024                  # rows of logits alive at once
         self.z_loss = 0.
+        self.loss_scale = 1.               # float16 has no numbers below 6e-8: gradients travel this much larger
+        self.always_see = False            # even where there is nothing to be seen: see `blank`
+        self.group = None                  # of the ranks that share each row, if there are (data.py, share_rows)
         self.set_buffers()
 
-    def set_buffers(self):
+    def set_buffers(self, device=None):
         """Constants, not weights: (pixel scale, pixel shift) [patch_dim] and the ids of visual tokens."""
-        device = self.vision_tower.embeddings.patch_embedding.weight.device
+        device = device or self.vision_tower.embeddings.patch_embedding.weight.device
         mean, std = torch.tensor(PIXEL_STATS[self.config.vision.style]).repeat(1, self.config.vision.patch_size ** 2)
         self.register_buffer('pixel_scale', (1 / (255 * std)).to(device), persistent=False)
         self.register_buffer('pixel_shift', (-mean / std).to(device), persistent=False)
@@ -695,21 +794,23 @@ class VLM(nn.Module):
         (N(0, 1 / inputs)), patches louder than positions, blocks that are the identity (their last matrices are 0), and
         positions as sines that a linear layer can read.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator, grid = torch.Generator().manual_seed(seed), self.vision_tower.embeddings.grid
         for name, p in self.named_parameters():
+            x = torch.zeros(p.shape, device='cpu')         # the same numbers on any device and for any share of them
             if name.endswith(('bias', 'out_proj.weight', 'fc2.weight')):
-                p.zero_()
+                pass
             elif 'norm' in name:
-                p.fill_(1)
+                x.fill_(1)
             elif 'patch_embedding' in name:
-                p.normal_(0, .2, generator=generator)
+                x.normal_(0, .2, generator=generator)
             elif 'language_model' in name or 'embed' in name or 'lm_head' in name:
-                p.normal_(0, .02, generator=generator)
+                x.normal_(0, .02, generator=generator)
             else:
-                p.normal_(0, p.shape[1] ** -.5, generator=generator)
-        table = self.vision_tower.embeddings.position_embedding.weight
-        g = self.vision_tower.embeddings.grid
-        table[-g * g:] = sincos_positions(g, table.shape[1])
+                x.normal_(0, p.shape[1] ** -.5, generator=generator)
+            if name.endswith('position_embedding.weight'):
+                x[-grid * grid:] = sincos_positions(grid, x.shape[1])
+            mine, first = held(p)
+            mine.copy_(x[first:first + len(mine)])
 
     def parts(self):
         """name -> parameters, in the three parts that have a learning rate of their own. The tied table is language."""
@@ -718,23 +819,26 @@ class VLM(nn.Module):
                 'connector': list(self.multi_modal_projector.parameters()),
                 'language': list(self.language_model.parameters()) + head}
 
+    def blocks(self):
+        return [*self.vision_tower.encoder['layers'], *self.language_model.layers]
+
     def set_trained(self, settings):
         """Gradients for the parts whose train_* setting is on, for the table of embeddings by train_embedding too."""
         for part, parameters in self.parts().items():
             for p in parameters:
                 p.requires_grad_(settings[f'train_{part}'])
         self.language_model.embed_tokens.requires_grad_(settings['train_language'] and settings['train_embedding'])
+        self.always_see = settings['train_vision'] or settings['train_connector']
 
     def see(self, batch):
         """uint8 patches and frames -> visual tokens [num_visual_tokens, width]."""
-        trained = self.vision_tower.embeddings.patch_embedding.weight.requires_grad
-        features = []
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            for crops, grid in (('patches', 'grid'), ('frames', 'frame_grid')):
-                if crops in batch:
-                    pixels = batch[crops].to(self.pixel_scale.dtype) * self.pixel_scale + self.pixel_shift
-                    features.append(self.vision_tower(pixels, tuple(batch[grid])).flatten(0, 1))  # [crops x P, C]
-        features = features[0] if len(features) == 1 else torch.cat(features)
+        weight = self.vision_tower.embeddings.patch_embedding.weight
+        crops = [((batch[x] * self.pixel_scale + self.pixel_shift).to(weight.dtype), tuple(batch[grid]))
+                 for x, grid in (('patches', 'grid'), ('frames', 'frame_grid')) if x in batch]
+        with torch.set_grad_enabled(weight.requires_grad and torch.is_grad_enabled()):
+            features = self.vision_tower(crops)                                                  # [all patches, C]
+            if self.group is not None:
+                features = AllGather.apply(features, self.group)
         return self.multi_modal_projector(features, batch['pool_index'])
 
     def embed(self, batch):
@@ -745,24 +849,28 @@ class VLM(nn.Module):
             flat, where = x.flatten(0, 1), batch['visual_index']
             flat = flat.index_add(0, where, seen) if self.config.recipe == 'molmo2' else flat.index_copy(0, where, seen)
             x = flat.view_as(x)
-        elif self.training and any(p.requires_grad for part in ('vision', 'connector') for p in self.parts()[part]):
+        elif self.always_see:
             x = x + 0 * self.see(self.blank()).sum().to(x.dtype)
         return x
 
     def blank(self):
-        """A black picture of one patch. Text alone sees it times nothing: the gradients of tower and connector are then
-        zero and not missing, and the ranks that did see pictures need not wait for them in vain."""
+        """A black picture of one patch. Where tower or connector are trained, text alone sees it times nothing: their
+        gradients are then zero and not missing, and ranks that did see pictures do not wait in vain for this one."""
         dev, v = self.pixel_scale.device, self.config.vision
         return {'patches': torch.zeros(1, 1, 3 * v.patch_size ** 2, dtype=torch.uint8, device=dev), 'grid': (1, 1),
                 'pool_index': torch.zeros(1, self.config.pooling ** 2, dtype=torch.long, device=dev)}
 
     def mask(self, batch):
-        visual = torch.isin(batch['tokens'], self.visual_ids) if self.config.recipe == 'molmo2' else None
+        visual = None
+        if self.config.recipe == 'molmo2':
+            visual = torch.isin(batch.get('row_tokens', batch['tokens']), self.visual_ids)
         if visual is None and batch['causal']:
-            return 'causal'
-        if visual is None and batch['tokens'].device.type == 'cpu':
-            return Segments(batch['document_ids'], batch['branch_ids'])
-        return make_mask(batch['document_ids'], batch['branch_ids'], visual)
+            mask = 'causal'
+        elif visual is None and batch['tokens'].device.type == 'cpu':
+            mask = Segments(batch['document_ids'], batch['branch_ids'])
+        else:
+            mask = make_mask(batch['document_ids'], batch['branch_ids'], visual)
+        return mask if self.group is None else Ulysses(mask, self.group)
 
     def hidden(self, batch, rows=None):
         """Hidden states [B, L, width] of every token, or of `rows` of the flattened B x L tokens alone."""
@@ -778,11 +886,11 @@ class VLM(nn.Module):
         return F.linear(hidden, self.output_weight().to(hidden.dtype))
 
     def forward(self, batch):
-        """The training loss: (sum of loss_weights x cross entropy, cross entropy of each of loss_index [N])."""
+        """The training loss: (sum of loss_weights x loss_scale x cross entropy, cross entropy of each of loss_index)."""
         where = batch['loss_index']
         targets, weights = (batch[k].flatten()[where] for k in ('targets', 'loss_weights'))
-        return WeightedCrossEntropy.apply(self.hidden(batch, where), self.output_weight(), targets, weights, self.chunk,
-                                          self.z_loss)
+        return WeightedCrossEntropy.apply(self.hidden(batch, where), self.output_weight(), targets,
+                                          weights * self.loss_scale, self.chunk, self.z_loss)
 
     @torch.inference_mode()
     def generate(self, batch, max_new_tokens, temperature=0., top_k=0, top_p=1., seed=0):
@@ -936,7 +1044,7 @@ def load_weights(model, folder, only=''):
                     if names[0] not in parameters:
                         problems.append(f"{key} {f.get_slice(key).get_shape()} has no place in this model")
                         continue
-                    problems += fill([(n, parameters[n]) for n in names], key, f.get_tensor(key), filled)
+                    problems += fill([(n, parameters[n]) for n in names], key, f.get_slice(key), filled)
         except SafetensorError as e:
             raise UserError(f"{file} is not a whole safetensors file ({e}); fetch it again") from None
     problems += [f"{n} {list(p.shape)} is missing" for n, p in parameters.items() if filled[n] != len(p)
@@ -946,23 +1054,36 @@ def load_weights(model, folder, only=''):
         raise UserError(f"{folder} does not fit this model:\n  " + '\n  '.join(problems[:12]) + more)
 
 
+def held(p):
+    """(the rows of a parameter that this process holds, the first one's number): all, or FSDP's share."""
+    if not isinstance(p, DTensor):
+        return p, 0
+    dim = next(i for i, placement in enumerate(p.placements) if placement.is_shard())
+    rows = -(-len(p) // p.device_mesh.size(dim))           # as torch.chunk deals them out: the last may get none
+    return p.to_local(), min(len(p), rows * p.device_mesh.get_local_rank(dim))
+
+
 @torch.no_grad()
-def fill(targets, key, tensor, filled):
-    """Copies `tensor` into the rows of the (name, parameter) targets, one after the other. Returns what went wrong."""
-    if tensor.ndim == 4:                                   # a convolution over patches: [D, 3, p, p] -> [D, p p 3]
-        tensor = tensor.permute(0, 2, 3, 1).flatten(1)
+def fill(targets, key, stored, filled):
+    """Copies the tensor `stored` (a slice of a safetensors file) into the (name, parameter) targets, one after the
+    other along the rows; only those that this process holds are read. Returns what went wrong."""
+    shape, width = stored.get_shape(), targets[0][1].shape[1:]
     names, rows = ' + '.join(n for n, _ in targets), sum(len(p) for _, p in targets)
     part_of_table = '.wte.' in key                         # Molmo2's table comes in two parts of any size
-    if tensor.shape[1:] != targets[0][1].shape[1:] or not (part_of_table or len(tensor) == rows) or len(tensor) > rows:
-        return [f"{key} is {list(tensor.shape)}, {names} wants {[rows, *targets[0][1].shape[1:]]}"]
-    if part_of_table:
-        rows_of = slice(rows - len(tensor), rows) if 'new_embedding' in key else slice(len(tensor))
-        targets[0][1][rows_of] = tensor.to(targets[0][1].dtype)
-        filled[targets[0][0]] += len(tensor)
-        return []
-    for (name, p), piece in zip(targets, tensor.split([len(p) for _, p in targets])):
-        p.copy_(piece)
-        filled[name] = len(p)
+    fits = shape[0] <= rows if part_of_table else shape[0] == rows
+    if not fits or math.prod(shape[1:]) != math.prod(width) or len(shape) != 4 and tuple(shape[1:]) != tuple(width):
+        return [f"{key} is {shape}, {names} wants {[rows, *width]}"]
+    start = rows - shape[0] if 'new_embedding' in key else 0                  # where in the targets its row 0 belongs
+    for name, p in targets:
+        mine, first = held(p)
+        low, high = max(first, start), min(first + len(mine), start + shape[0])
+        if low < high:
+            x = stored[low - start:high - start]
+            if x.ndim == 4:                                # a convolution over patches: [D, 3, p, p] -> [D, p p 3]
+                x = x.permute(0, 2, 3, 1).flatten(1)
+            mine[low - first:high - first] = x.to(mine.dtype)
+        filled[name] += min(len(p), start + shape[0]) - max(0, start)
+        start -= len(p)
     return []
 
 
@@ -1099,46 +1220,71 @@ def _from_molmo2(hf):
                   image_token_id=ids[2], video_token_id=ids[2], visual_token_ids=tuple(ids))
 
 
+def whole(p):
+    """A parameter as one tensor; of a sharded one all ranks must ask together."""
+    return p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
+
+
 def disk_tensors(model):
-    """Our parameters under the names and shapes that transformers reads: {disk name: tensor}."""
-    config, parameters = model.config, {n: p.detach() for n, p in model.named_parameters()}
+    """Yields (name, tensor) of our parameters as transformers reads them, one at a time."""
+    config, parameters = model.config, dict(model.named_parameters())
     if layout(config) == 'molmo2':
-        out = {disk: torch.cat([parameters[n] for n in names]) if len(names) > 1 else parameters[names[0]]
-               for disk, names in molmo2_names(parameters).items()}
-        table = parameters['language_model.embed_tokens.weight']
-        out['model.transformer.wte.embedding'] = table[:config.language.vocab_size].clone()
-        out['model.transformer.wte.new_embedding'] = table[config.language.vocab_size:].clone()
-        if model.lm_head is None:          # the published layout always holds the head
-            out['lm_head.weight'] = out['model.transformer.wte.embedding'].clone()
-        return out
-    out, p = {}, config.vision.patch_size
-    for name, tensor in parameters.items():
+        rows = config.language.vocab_size
+        for disk, names in molmo2_names(parameters).items():
+            x = torch.cat([whole(parameters[n]) for n in names])
+            yield disk, x[:rows] if disk.endswith('wte.embedding') else x[rows:] if 'new_embedding' in disk else x
+            if disk.endswith('wte.embedding') and model.lm_head is None:       # the published layout always has one
+                yield 'lm_head.weight', x[:rows]
+        return
+    p = config.vision.patch_size
+    for name, parameter in parameters.items():
+        x = whole(parameter)
         if name.endswith('patch_embedding.weight'):
-            tensor = tensor.view(-1, p, p, 3).permute(0, 3, 1, 2).contiguous()                   # back to [D, 3, p, p]
+            x = x.view(-1, p, p, 3).permute(0, 3, 1, 2)                                          # back to [D, 3, p, p]
         name = re.sub(r'^vision_tower\.', 'vision_tower.vision_model.', name)
         name = re.sub(r'^language_model\.', 'language_model.model.', name)
-        out[re.sub(r'^lm_head\.', 'language_model.lm_head.', name)] = tensor
+        yield re.sub(r'^lm_head\.', 'language_model.lm_head.', name), x
     # What those architectures have and we do not: a second linear layer, a norm of the class token, a newline
     width = config.language.hidden_size
     if config.connector == 'linear':
-        out['multi_modal_projector.linear_2.weight'] = torch.eye(width)
-        out['multi_modal_projector.linear_2.bias'] = torch.zeros(width)
-    out['vision_tower.vision_model.post_layernorm.weight'] = torch.ones(config.vision.hidden_size)
-    out['vision_tower.vision_model.post_layernorm.bias'] = torch.zeros(config.vision.hidden_size)
+        yield 'multi_modal_projector.linear_2.weight', torch.eye(width)
+        yield 'multi_modal_projector.linear_2.bias', torch.zeros(width)
+    yield 'vision_tower.vision_model.post_layernorm.weight', torch.ones(config.vision.hidden_size)
+    yield 'vision_tower.vision_model.post_layernorm.bias', torch.zeros(config.vision.hidden_size)
     if layout(config) == 'llava_next_video':
-        out['image_newline'] = torch.zeros(width)
-    return out
+        yield 'image_newline', torch.zeros(width)
 
 
-def save_model(model, folder):
-    """Writes config.json, generation_config.json and model.safetensors; data.py adds tokenizer and processor."""
-    folder, config = Path(folder), model.config
+MAX_FILE = 5 * 10 ** 9                     # bytes of one safetensors file, as transformers writes them
+
+
+def write_model(config, tensors, folder):
+    """Writes config.json, generation_config.json and the tensors {disk name: on the CPU} as one safetensors file, or as
+    several and their index; data.py adds tokenizer and processor."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'config.json').write_text(json.dumps(to_hf(config), indent=2))
     (folder / 'generation_config.json').write_text(json.dumps(
         {'eos_token_id': config.eos_token_id, 'pad_token_id': config.pad_token_id}, indent=2))
-    save_file({n: t.cpu().contiguous() for n, t in disk_tensors(model).items()}, folder / 'model.safetensors',
-              metadata={'format': 'pt'})
+    files, room = [{}], MAX_FILE
+    for name, x in tensors.items():
+        if x.nbytes > room and files[-1]:
+            files.append({})
+            room = MAX_FILE
+        files[-1][name] = x
+        room -= x.nbytes
+    names = ['model.safetensors'] if len(files) == 1 else [
+        f'model-{i:05d}-of-{len(files):05d}.safetensors' for i in range(1, len(files) + 1)]
+    for name, part in zip(names, files):
+        save_file(part, folder / name, metadata={'format': 'pt'})
+    if len(files) > 1:
+        (folder / 'model.safetensors.index.json').write_text(json.dumps({
+            'metadata': {'total_size': sum(x.nbytes for x in tensors.values())},
+            'weight_map': {key: name for name, part in zip(names, files) for key in part}}, indent=2))
+
+
+def save_model(model, folder):
+    write_model(model.config, {name: x.to('cpu', copy=True).contiguous() for name, x in disk_tensors(model)}, folder)
 
 
 def newest(path):
@@ -1184,19 +1330,30 @@ def part_table(model):
     return lines
 
 
-def memory_estimate(model, rows, seq_len, recompute=0, amp=torch.bfloat16, patches=0):
-    """Bytes by use for a micro-batch of full rows: {'weights': ..., ..., 'total': ...}. `patches` are those of all the
-    pictures and frames of a row; 0: one picture's.
+def memory_estimate(model, rows, seq_len, recompute=0, amp=torch.bfloat16, patches=0, shards=1, cp=1):
+    """Bytes by use on each device for a micro-batch of full rows: {'weights': ..., ..., 'total': ...}. `patches` are
+    those of all the pictures and frames of a row; 0: one picture's. `shards` devices hold the weights together
+    (parallel.py), `cp` share their rows.
 
     float32 weights, gradients and two moments; what autograd keeps, counted on one block of each kind in the autocast
-    type; the autocast copies of the weights; one chunk of logits. Leaves out the allocator's slack (10 to 20%).
+    type; the autocast copies of the weights, of sharded ones two blocks at a time and all that is in no block; the
+    features of all patches; one chunk of logits. Leaves out the allocator's slack (10 to 20%).
     """
     c, size = model.config, torch.finfo(amp).bits // 8
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    every = sum(p.numel() for p in model.parameters())
-    out = {'weights': 4 * every, 'gradients': 4 * trained, 'moments': 8 * trained}
+    count = lambda parameters: sum(p.numel() for p in parameters)
+    trained, every = count(p for p in model.parameters() if p.requires_grad), count(model.parameters())
+    tower_trained = model.vision_tower.embeddings.patch_embedding.weight.requires_grad
+    alone = 0 if tower_trained else count(model.vision_tower.parameters())    # frozen, it stays whole on each device
+    out = {'weights': 4 * (alone + (every - alone) / shards), 'gradients': 4 * trained / shards,
+           'moments': 8 * trained / shards}
     out['weight copies'] = size * every if amp != torch.float32 else 0
-    L, tokens = 64, rows * seq_len
+    if shards > 1:
+        layers = count(model.language_model.layers.parameters())
+        outside = every - alone - layers - (count(model.vision_tower.encoder.parameters()) if tower_trained else 0)
+        out['weight copies'] = size * (alone + 2 * layers / c.language.num_layers) + 4 * outside
+    patches = rows * (patches or (c.vision.image_size // c.vision.patch_size) ** 2)
+    out['features'] = 4 * patches * c.vision.feature_size
+    L, tokens = 64, rows * seq_len / cp
 
     def kept(block, inputs, thin, layers):
         """Bytes a token of all layers. A recomputed block keeps its input, and one at a time is computed again."""
@@ -1207,12 +1364,11 @@ def memory_estimate(model, rows, seq_len, recompute=0, amp=torch.bfloat16, patch
         block, x = Block(c.language).to(amp), torch.zeros(1, L, c.language.hidden_size, dtype=amp, requires_grad=True)
         rotary = rotary_table(torch.zeros(1, L, dtype=torch.long), c.language.head_dim, c.language.rope_theta)
         out['activations'] = tokens * kept(block, (x, rotary, None), c.language.hidden_size, c.language.num_layers)
-        if model.vision_tower.embeddings.patch_embedding.weight.requires_grad:
-            patches = rows * (patches or (c.vision.image_size // c.vision.patch_size) ** 2)
-            block, x = VisionBlock(c.vision).to(amp), torch.zeros(1, L, c.vision.hidden_size, dtype=amp,
-                                                                  requires_grad=True)
-            out['activations'] += patches * kept(block, (x,), c.vision.hidden_size, c.vision.num_layers)
-    out['logits'] = min(model.chunk, tokens) * c.language.vocab_size * (4 + size) + 4 * model.output_weight().numel()
+        if tower_trained:
+            block = VisionBlock(c.vision).to(amp)
+            x = torch.zeros(L, c.vision.hidden_size, dtype=amp, requires_grad=True)
+            out['activations'] += patches / cp * kept(block, (x, [(1, L)]), c.vision.hidden_size, c.vision.num_layers)
+    out['logits'] = c.language.vocab_size * (min(model.chunk, tokens) * (4 + size) + 4 * c.language.hidden_size)
     out['total'] = sum(out.values())
     return {use: int(n) for use, n in out.items()}
 

@@ -9,6 +9,7 @@ Settings are the assignments below (see configurator.py). What lands in out_dir:
 model: config.json, model.safetensors, tokenizer, and train_state/ to resume), latest, metrics.jsonl, skipped.jsonl.
 """
 import ctypes
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,10 @@ import signal
 import sys
 import threading
 import time
+import warnings
+import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from queue import Queue
@@ -80,7 +84,12 @@ min_lr_ratio = 0.1             # where cosine and linear end, as a share of the 
 max_nonfinite = 10             # stop after so many steps in a row whose gradient was not finite
 # -- machine
 device = 'auto'                # auto | cuda | mps | cpu
-dtype = 'auto'                 # auto | bfloat16 | float32 (the autocast type; weights and moments stay float32)
+dtype = 'auto'                 # auto | bfloat16 | float16 | float32: of the products; float16 scales its loss
+master_dtype = 'float32'       # of weights, gradients and moments; bfloat16 halves them and loses small updates
+parallel = 'ddp'               # ddp | fsdp | hsdp: who holds the weights, where torchrun starts several (parallel.py)
+cp = 1                         # ranks that share each row and see a piece of it: long rows (model.py, Ulysses)
+reshard = True                 # fsdp, hsdp: gathered weights go after a block's forward pass; False: after the backward
+offload = False                # fsdp, hsdp: weights, gradients and moments wait in the CPU's memory
 threads = 0                    # CPU threads of torch; 0: the cores, shared among the processes of this machine
 compile = False
 recompute = 0                  # n: every n-th block is computed again in the backward pass instead of kept
@@ -91,6 +100,7 @@ eval_interval = 1000           # steps between validation losses; 0 never
 eval_batches = 20
 save_interval = 5000
 keep = 3                       # checkpoints kept; 0 keeps all
+profile_steps = ()             # (first, last): a trace of these steps in out_dir/trace-rank0.json, for ui.perfetto.dev
 tensorboard = False            # if installed
 wandb_project = ''             # if installed
 dry_run = False                # print the plan and stop
@@ -102,31 +112,20 @@ if __name__ == '__main__':
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+import torch.distributed.checkpoint as dcp  # noqa: E402
+from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from data import (TASKS, Dataset, Loader, Mixture, Processor, mixture_sets, mixture_table, open_mixture,  # noqa: E402
-                  processor_settings)
-from model import (UserError, VLM, from_hf, layout, load_model, load_weights, make_config,  # noqa: E402
-                   memory_estimate, newest, part_table, pick_device, pick_dtype, read_json, save_model)
+from data import (TASKS, Dataset, Loader, Mixture, Processor, deal_out, mixture_sets, mixture_table,  # noqa: E402
+                  open_mixture, processor_settings, share_rows)
+from model import (UserError, VLM, disk_tensors, from_hf, layout, load_weights, make_config,  # noqa: E402
+                   memory_estimate, newest, part_table, pick_device, pick_dtype, read_json, write_model)
+from parallel import from_rank_0, gather, rank, row_group, shard, start, sum_over_ranks, world_size  # noqa: E402
 
 
-rank, local_rank, world_size, local_world_size = (             # as torchrun sets them
-    int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_WORLD_SIZE', 1)))
-
-
-def sum_over_ranks(tensor):
-    if world_size > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def gather(value):
-    """[value of rank 0, value of rank 1, ...], on rank 0; elsewhere nothing of use."""
-    values = [value] * world_size
-    if world_size > 1:
-        dist.gather_object(value, values if not rank else None)
-    return values
+warnings.filterwarnings('ignore', message='torch.distributed is disabled')      # dcp, in a run of one process
 
 
 def cosine(x):
@@ -163,32 +162,47 @@ def set_trained(model):
     return model
 
 
-def new_model(**ids):
-    return VLM(make_config(vision, language, recipe=recipe, connector=connector, pooling=pooling, **ids))
+def new_config(**ids):
+    return make_config(vision, language, recipe=recipe, connector=connector, pooling=pooling, **ids)
 
 
-def build(checkpoint):
-    """The model with its first weights, and the processor: from a checkpoint of this run, from init_from, or new."""
+def build(checkpoint, dev, amp):
+    """The model with its first weights, cut up as `parallel` says, and the processor: from a checkpoint of this run,
+    from init_from, or new. Each rank reads or draws the weights that it holds."""
     ours = processor_settings(settings)
     if source := checkpoint or init_from and newest(init_from):
-        model = load_model(source)
-        processor, before = Processor.load(source, model.config, **ours), Processor.saved(source, model.config)
+        config = from_hf(read_json(source / 'config.json'), source / 'config.json')
+        processor, before = Processor.load(source, config, **ours), Processor.saved(source, config)
         for name in ('image_size', 'pooling', 'video_size', 'video_pooling', 'point_format', 'point_digits'):
             if before[name] != getattr(processor, name):
                 print(f'note: {name} is {before[name]!r} in {source} and {getattr(processor, name)!r} now')
     else:
         if not (folder := tokenizer or language_weights):
             raise UserError("tokenizer, language_weights or init_from must name a folder with tokenizer.json")
-        processor = Processor(folder, patch_size=make_config(vision, language, recipe=recipe).vision.patch_size, **ours)
-        model = new_model(**processor.token_ids())
+        processor = Processor(folder, patch_size=new_config().vision.patch_size, **ours)
+        config = new_config(**processor.token_ids())
+    rows = config.language.vocab_size + config.language.extra_vocab_size
+    if processor.vocab_size > rows:
+        raise UserError(f"the tokenizer has {processor.vocab_size} tokens, the decoder's table only {rows} rows")
+    with torch.device('meta'):
+        model = set_trained(VLM(config)).to(pick_dtype(master_dtype, dev))
+    if parallel not in ('ddp', 'fsdp', 'hsdp'):
+        raise UserError(f"parallel = '{parallel}' is not one of ddp, fsdp, hsdp")
+    model.group = row_group(cp, config.language.num_heads)
+    if parallel != 'ddp' and world_size > 1:
+        shard(model, parallel == 'hsdp', None if amp == torch.float32 else amp, reshard, offload)
+    model.to_empty(device='cpu' if offload else dev)
+    if offload and not train_vision:
+        model.vision_tower.to_empty(device=dev)
+    model.set_buffers(dev)
+    if source:
+        load_weights(model, source)
+    else:
         model.init_weights(seed)
         for folder, part in ((vision_weights, 'vision_tower.'), (language_weights, ('language_model.', 'lm_head.'))):
             if folder:
                 load_weights(model, folder, only=part)
-    rows = model.config.language.vocab_size + model.config.language.extra_vocab_size
-    if processor.vocab_size > rows:
-        raise UserError(f"the tokenizer has {processor.vocab_size} tokens, the decoder's table only {rows} rows")
-    return set_trained(model), processor
+    return model, processor
 
 
 def make_optimizers(model):
@@ -214,8 +228,37 @@ def make_optimizers(model):
     return optimizers
 
 
-def step_optimizers(optimizers, step):
-    """Clips, steps and clears. Returns (gradient norm, 1. if it was not finite: then nothing was changed).
+def distribute(model):
+    """What to call instead of the model, so that gradients are added up over the ranks while the backward goes on."""
+    if world_size > 1 and parallel == 'ddp':
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return model
+
+
+def backward(model, trained, micros, autocast):
+    """The gradients of a step over the micro-batches of all ranks; returns its loss and task_sums, the same on all.
+
+    The loss is one weighted mean: sum(weight x nll) / sum(weight) over all of them, because the mean of means is not
+    the mean: (x1/n1 + x2/n2)/2 != (x1+x2)/(n1+n2).
+    """
+    total_weight = sum_over_ranks(torch.tensor(sum(m['total_weight'] for m in micros), dtype=torch.float64)).item()
+    loss, sums = 0., 0.
+    for i, micro in enumerate(micros):
+        last = i == len(micros) - 1          # the ranks' gradients are added up once
+        if parallel != 'ddp' and world_size > 1:
+            model.set_requires_gradient_sync(last)
+        with trained.no_sync() if trained is not model and not last else nullcontext():
+            with autocast:
+                weighted, nll = trained(micro)
+            (weighted * (world_size / total_weight)).backward()         # the sum over ranks is divided by world_size
+        loss = loss + weighted.detach() / (total_weight * model.loss_scale)
+        sums = sums + task_sums(nll, micro['loss_tasks'])
+    return sum_over_ranks(loss), sum_over_ranks(sums)
+
+
+def step_optimizers(optimizers, step, loss_scale=1.):
+    """Clips, steps and clears. Gradients are those of the loss times `loss_scale`. Returns (gradient norm, 1. if it was
+    not finite: then nothing was changed).
 
     Nothing here waits for the device: fused AdamW divides by `grad_scale` and leaves weights, moments and step count
     alone where `found_inf` is set, which is how a GradScaler talks to it.
@@ -225,13 +268,14 @@ def step_optimizers(optimizers, step):
         gradients.setdefault(group['part'] if clip_parts else 'all', []).extend(
             p.grad for p in group['params'] if p.grad is not None)
     norms = {part: torch.nn.utils.get_total_norm(g) for part, g in gradients.items() if g}
+    norms = {part: (n.full_tensor() if isinstance(n, DTensor) else n).float() / loss_scale for part, n in norms.items()}
     total = torch.linalg.vector_norm(torch.stack(list(norms.values())))
     bad = (~torch.isfinite(total)).float()
     for opt in optimizers:
         group = opt.param_groups[0]
         group['lr'] = group['peak'] * get_lr_scale(step, group['warmup'])
         norm = norms.get(group['part'] if clip_parts else 'all', total)
-        scale = (norm / grad_clip).clamp(min=1.) if grad_clip else torch.ones_like(norm)
+        scale = loss_scale * ((norm / grad_clip).clamp(min=1.) if grad_clip else torch.ones_like(norm))
         if isinstance(opt, torch.optim.AdamW):
             opt.grad_scale, opt.found_inf = scale, bad
             opt.step()
@@ -241,6 +285,15 @@ def step_optimizers(optimizers, step):
             opt.step()
         opt.zero_grad(set_to_none=True)
     return total, bad
+
+
+def next_scale(scaling, bad):
+    """For float16: (the factor of the loss, good steps with it). The factor is halved when a gradient overflows and
+    doubled after 2,000 steps in which none did (Micikevicius et al. 2018, section 3.2)."""
+    scale, good = scaling
+    good = (good + 1) * (1 - bad)
+    grow = (good >= 2000).float()
+    return torch.stack([scale * (1 + grow) * (1 - bad / 2), good * (1 - grow)])
 
 
 # bfloat16 products a second without sparsity, from the makers' data sheets; a device not listed gets no MFU
@@ -259,7 +312,7 @@ def flops(model, micro):
     matmul = sum(p.numel() for n, p in model.language_model.named_parameters() if '.layers.' in f'.{n}' and p.ndim == 2)
     times = 3 if train_language else 2
     total = 2 * times * matmul * micro['n_tokens'] + 12 * t.num_layers * t.num_heads * t.head_dim * micro['n_pairs']
-    total += 2 * times * model.output_weight().numel() * len(micro['loss_index'])
+    total += 2 * times * t.vocab_size * t.hidden_size * len(micro['loss_index'])
     tower = sum(p.numel() for n, p in model.vision_tower.named_parameters() if p.ndim == 2 and 'position' not in n)
     for crops, patches, _ in (micro[k].shape for k in ('patches', 'frames') if k in micro):
         pairs = 4 * v.num_layers * v.hidden_size * patches ** 2 * crops
@@ -290,6 +343,11 @@ def prefetch(batches, dev):
         yield item
 
 
+def pieces(batches):
+    """Of each batch this rank's piece, where ranks share rows."""
+    return ((share_rows(batch, rank % cp, cp), state) for batch, state in batches) if cp > 1 else batches
+
+
 def to_device(batch, dev):
     return {k: v.to(dev, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
@@ -313,9 +371,7 @@ def evaluate(model, make_loader, dev, autocast):
     """Weighted loss and per-task losses over the first eval_batches of each rank's share of the validation sets."""
     model.eval()
     total, weight, sums = 0., 0., torch.zeros(2, len(TASKS))
-    for i, (batch, _) in enumerate(make_loader('validation')):
-        if i == eval_batches:
-            break
+    for batch, _ in itertools.islice(pieces(make_loader('validation')), eval_batches):
         with autocast:
             loss, nll = model(to_device(batch, dev))
         total, weight = total + loss.item(), weight + batch['total_weight']
@@ -328,6 +384,62 @@ def evaluate(model, make_loader, dev, autocast):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: written under another name, flushed, renamed; `latest` last. A crash leaves the one before.
 
+def moments(model, optimizers):
+    """{'parameter.moment': tensor} of all optimisers; those of a sharded parameter are sharded likewise."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {f'{names[p]}.{key}': value for opt in optimizers for p, state in opt.state.items()
+            for key, value in state.items()}
+
+
+class Saver:
+    """Writes checkpoints behind the training's back: a step waits for the copy to the CPU's memory and, if it comes too
+    soon, for the checkpoint before."""
+
+    def __init__(self):
+        self.writing, self.step, self.worker = None, None, ThreadPoolExecutor(1)
+        self.group = dist.new_group(backend='gloo') if world_size > 1 else None      # its messages cross the training's
+
+    def save(self, step, model, processor, optimizers, place):
+        """place: where this rank is in its data and its random numbers."""
+        self.wait()
+        folder = Path(out_dir) / f'step{step:06d}'
+        temporary = folder.with_name(f'.{folder.name}.tmp')
+        state = {'step': step, 'ranks': gather(place)[::cp], 'moved': moved(optimizers),
+                 'settings': {k: repr(v) for k, v in settings.items()}}
+        tensors = {}
+        for name, x in disk_tensors(model):  # all ranks together: each holds a part of it
+            if not rank:
+                tensors[name] = x.to('cpu', copy=True).contiguous()
+        shards = dcp.async_save(moments(model, optimizers), checkpoint_id=temporary / 'train_state',
+                                process_group=self.group, no_dist=world_size == 1)
+
+        def finish():
+            shards.result()
+            if not rank:
+                write_model(model.config, tensors, temporary)
+                processor.save(temporary)
+                torch.save(state, temporary / 'train_state' / 'state.pt')
+                publish(temporary, folder)
+        self.writing, self.step = self.worker.submit(finish), step
+
+    def wait(self):
+        """Until the last checkpoint is written; True if it could not be, which is told: training goes on."""
+        if not self.writing:
+            return False
+        try:
+            self.writing.result()
+        except (Exception, CheckpointException) as e:      # a full disk above all; whatever it is, the run is worth more
+            if isinstance(e, CheckpointException):
+                e = next(iter(e.failures.values()))[0]
+            tqdm.write(f"error: the checkpoint of step {self.step} could not be written ({e}); the last good one is "
+                       f"{newest(out_dir)}. Training goes on.")
+            shutil.rmtree(Path(out_dir) / f'.step{self.step:06d}.tmp', ignore_errors=True)
+            return True
+        finally:
+            self.writing = None
+        return False
+
+
 def flush(path):
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -336,19 +448,11 @@ def flush(path):
         os.close(fd)
 
 
-def save_checkpoint(step, model, processor, optimizers, loader_state):
-    """Rank 0 writes; all of them tell it where they are."""
-    ranks = gather({'loader': loader_state, 'rng': torch.get_rng_state()})
-    if rank:
-        return
-    folder = Path(out_dir) / f'step{step:06d}'
-    temporary = folder.with_name(f'.{folder.name}.tmp')
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / 'train_state').mkdir(parents=True)
-    save_model(model, temporary)
-    processor.save(temporary)
-    torch.save({'step': step, 'ranks': ranks, 'optimizers': [o.state_dict() for o in optimizers],
-                'settings': {k: repr(v) for k, v in settings.items()}}, temporary / 'train_state' / 'state.pt')
+def publish(temporary, folder):
+    """Makes a written checkpoint the newest one and removes those that are too many."""
+    files = [path for path in sorted(temporary.rglob('*')) if path.is_file()]
+    sums = {str(path.relative_to(temporary)): [path.stat().st_size, checksum(path)] for path in files}
+    (temporary / 'train_state' / 'files.json').write_text(json.dumps(sums, indent=1))
     for path in [*temporary.rglob('*'), temporary]:
         flush(path)
     if folder.exists():
@@ -358,38 +462,72 @@ def save_checkpoint(step, model, processor, optimizers, loader_state):
     latest.write_text(folder.name + '\n')
     latest.replace(folder.with_name('latest'))
     flush(folder.parent)
-    for old in sorted(Path(out_dir).glob('step*[0-9]'))[:-keep] if keep else []:
+    for old in sorted(folder.parent.glob('step*[0-9]'))[:-keep] if keep else []:
         shutil.rmtree(old)
 
 
+def checksum(path):
+    crc = 0
+    with open(path, 'rb') as f:
+        while piece := f.read(2 ** 24):
+            crc = zlib.crc32(piece, crc)
+    return crc
+
+
+def damage(folder):
+    """What is wrong with a checkpoint's files, or None: sizes and check sums of when they were written."""
+    try:
+        sums = json.loads((folder / 'train_state' / 'files.json').read_text())
+        for name, (size, crc) in sums.items():
+            if (folder / name).stat().st_size != size or checksum(folder / name) != crc:
+                return f'{name} is not as it was written'
+    except (OSError, ValueError) as e:
+        return str(e)
+
+
 def find_checkpoint():
-    """The folder that out_dir/latest names, or None for a new run."""
-    return newest(out_dir) if (Path(out_dir) / 'latest').exists() else None
+    """The folder that out_dir/latest names, or the newest before it that is whole; None for a new run."""
+    latest = Path(out_dir) / 'latest'
+    if not latest.exists():
+        return None
+    name = latest.read_text().strip()
+    for folder in sorted((f for f in Path(out_dir).glob('step*[0-9]') if f.name <= name), reverse=True):
+        if not (wrong := damage(folder)):
+            return folder
+        print(f'WARNING: {folder} is damaged ({wrong}); trying the one before')
+    raise UserError(f"no checkpoint in {out_dir} is whole. Start a new run: another out_dir, or remove this one")
 
 
-def load_state(folder, optimizers):
-    """Restores optimisers and random state; returns (step, loader state). Reads tensors and plain values only."""
+def moved(optimizers):
+    """What is trained by which optimiser, to compare."""
+    return [(type(opt).__name__, opt.param_groups[0]['part'], len(opt.param_groups[0]['params'])) for opt in optimizers]
+
+
+def load_state(folder, model, optimizers, rows):
+    """Restores moments and random state; returns (step, this rank's loader state, its scaling). Another number of ranks
+    than before shares out the rows that are still to come."""
     state = torch.load(folder / 'train_state' / 'state.pt', weights_only=True, map_location='cpu')
-    if len(state['ranks']) != world_size:
-        raise UserError(f"{folder} was trained by {len(state['ranks'])} processes, not {world_size}. Resume with "
-                        f"torchrun --nproc-per-node={len(state['ranks'])}, or start a new run: another out_dir with "
-                        f"--init_from={folder}")
-    moved = lambda states: [(s['param_groups'][0].get('part'), len(s['param_groups'][0]['params'])) for s in states]
-    if moved(state['optimizers']) != moved([opt.state_dict() for opt in optimizers]):
+    if state['moved'] != moved(optimizers):
         raise UserError(f"{folder} was trained with other parts or another optimizer. Set train_vision, train_connector, "
                         f"train_language, train_embedding and optimizer as they were, or start a new run: another "
                         f"out_dir with --init_from={folder}")
-    for opt, saved in zip(optimizers, state['optimizers']):
-        for group, now in zip(saved['param_groups'], opt.param_groups):
-            group.update({k: v for k, v in now.items() if k != 'params'})    # settings of this run, moments of the last
-        opt.load_state_dict(saved)
-    mine = state['ranks'][rank]
-    torch.set_rng_state(mine['rng'])
+    names = {name: p for name, p in model.named_parameters()}
+    optimizer_of = {p: opt for opt in optimizers for p in opt.param_groups[0]['params']}
+    stored = dcp.FileSystemReader(folder / 'train_state').read_metadata().state_dict_metadata
+    for name, what in stored.items():        # room for what is stored
+        name, _, key = name.rpartition('.')
+        p = names[name]
+        optimizer_of[p].state[p][key] = torch.zeros_like(p) if what.size == p.shape else torch.zeros(what.size)
+    dcp.load(moments(model, optimizers), checkpoint_id=folder / 'train_state', no_dist=world_size == 1)
+    places = state['ranks']
+    if len(places) == world_size // cp:
+        torch.set_rng_state(places[rank // cp]['rng'])
+    loader = deal_out([place['loader'] for place in places], world_size // cp, rows)[rank // cp]
     ignored = ('max_steps', 'out_dir', 'dry_run', 'log_interval', 'save_interval', 'eval_interval', 'keep')
     for key, value in settings.items():
         if key not in ignored and (before := state['settings'].get(key, repr(value))) != repr(value):
             print(f"note: {key} was {before} in this run's checkpoint and is {value!r} now")
-    return state['step'], mine['loader']
+    return state['step'], loader, places[0]['scaling']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,7 +537,7 @@ def plan(dev, amp, checkpoint):
     print('\n'.join(f'{k} = {v!r}' for k, v in settings.items()) + '\n')
     with torch.device('meta'):
         source = checkpoint or init_from and newest(init_from)
-        model = VLM(from_hf(read_json(source / 'config.json'))) if source and source.is_dir() else new_model()
+        model = VLM(from_hf(read_json(source / 'config.json')) if source and source.is_dir() else new_config())
     missing = [Path(data_dir) / name / 'train.jsonl' for name in mixture_sets(mixture)]
     folders = [init_from] if init_from else [vision_weights, language_weights, tokenizer]
     missing += [Path(folder) for folder in folders if folder]
@@ -411,12 +549,13 @@ def plan(dev, amp, checkpoint):
 def print_plan(model, dev, amp, checkpoint):
     """What was decided, once, before the long silence."""
     print('\n'.join(part_table(model)))
-    rows = batch_size * accumulation * world_size
+    rows = batch_size * accumulation * world_size // cp
     print('\n'.join(mixture_table(mixture, data_dir, max_steps * rows)))
     if packing:
         print('  (draws as if a row held one example; python data.py with this config counts how many it holds)')
     print(f"steps {max_steps:,} of {rows} rows = {batch_size} x {accumulation} micro-batches"
-          + (f" x {world_size} processes" if world_size > 1 else '') + f", at most "
+          + (f" x {world_size // cp} processes" if world_size > 1 else '')
+          + (f", each with {cp - 1} more that share its rows" if cp > 1 else '') + ", at most "
           f"{rows * seq_len:,} tokens a step, {rows * max_steps:,} rows in all")
     patches = seq_len * max(pooling, video_pooling) ** 2 if packing else 0       # rows of nothing but pictures
     memory = memory_estimate(model, batch_size, seq_len, recompute, amp, patches)
@@ -440,9 +579,15 @@ class Log:
     """metrics.jsonl always; TensorBoard and Weights & Biases if asked for. Steps are flushed in groups, so that
     reading the losses does not make the device wait every step."""
 
-    def __init__(self):
+    def __init__(self, step):
         self.pending, self.board, self.wandb = [], None, None
-        self.file = open(os.devnull if rank else Path(out_dir) / 'metrics.jsonl', 'a')
+        path = Path(os.devnull) if rank else Path(out_dir) / 'metrics.jsonl'
+        if path.is_file():                   # steps after the checkpoint are taken again; a kill may cut a line in two
+            lines = [line for line in path.read_text().splitlines() if line.endswith('}')]
+            temporary = path.with_suffix('.tmp')
+            temporary.write_text(''.join(f'{line}\n' for line in lines if json.loads(line)['step'] <= step))
+            temporary.replace(path)
+        self.file = open(path, 'a')
         try:
             if tensorboard and not rank:
                 from torch.utils.tensorboard import SummaryWriter
@@ -475,38 +620,34 @@ class Log:
 
 def main():
     """Set up, then the loop."""
-    dev = pick_device(device)
-    if threads or local_world_size > 1:
-        torch.set_num_threads(threads or max(1, os.cpu_count() // local_world_size))
-    if world_size > 1:
-        if dev.type == 'cuda':
-            dev = torch.device('cuda', local_rank)
-            torch.cuda.set_device(dev)
-        dist.init_process_group('cpu:gloo,cuda:nccl' if dev.type == 'cuda' else 'gloo')
-        sys.stdout = open(os.devnull, 'w') if rank else sys.stdout      # one of them tells
+    dev = start(pick_device(device), threads)
     if dev.type == 'cpu':
         keep_freed_memory()
     amp = pick_dtype(dtype, dev)
     autocast = torch.autocast(dev.type, amp) if amp != torch.float32 else nullcontext()
-    checkpoint = find_checkpoint()
+    checkpoint = from_rank_0(find_checkpoint)
     if dry_run:
         return plan(dev, amp, checkpoint)
     train_mixture = open_mixture(mixture, data_dir, seed)
-    model, processor = build(checkpoint)
+    model, processor = build(checkpoint, dev, amp)
     print_plan(model, dev, amp, checkpoint)
-    model.to(dev).train()
+    model.train()
     optimizers = make_optimizers(model)
-    step, loader_state = load_state(checkpoint, optimizers) if checkpoint else (0, None)
-    if compile:
-        model.compile()
-    trained = model
-    if world_size > 1:                       # adds up the gradients of all ranks while the backward pass goes on
-        trained = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    step, loader_state, scaling = 0, None, [2. ** 12, 0.]
+    if checkpoint:
+        step, loader_state, scaling = load_state(checkpoint, model, optimizers, train_mixture)
+    scaling = torch.tensor(scaling, device=dev)
+    if compile:                              # not what is around them, which differs from batch to batch
+        for block in model.blocks():
+            block.compile()
+    trained = distribute(model)
 
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     for stray in Path(out_dir).glob('.step*.tmp') if not rank else ():      # a save that was cut off
         shutil.rmtree(stray)
-    log = Log()
+    if world_size > 1:
+        dist.barrier()
+    log, saver = Log(step), Saver()
     skipped = open(Path(out_dir) / 'skipped.jsonl', 'a')
 
     def report(problem):
@@ -525,47 +666,47 @@ def main():
             chosen = Mixture(*zip(*held), seed)
         return Loader(chosen, processor, batch_size, num_workers if split == 'train' else 0, state,
                       seq_len if static_shapes or packing else 0, max_bad_fraction,
-                      report if split == 'train' else None, packing, rank, world_size)
+                      report if split == 'train' and rank % cp == 0 else None, packing, rank // cp, world_size // cp)
 
     loader = make_loader('train', loader_state)
     held_out = eval_interval and make_loader('validation')
     if eval_interval and not held_out:
         print(f'no dataset has a validation.jsonl in {data_dir}: no validation loss')
-    batches = prefetch(iter(loader), dev)
+    batches = prefetch(pieces(iter(loader)), dev)
     stop, stopping = [], False                             # a signal asks; the loop answers after the step
-    for sig in (signal.SIGTERM, signal.SIGINT):
+    for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(sig, lambda *_: stop.append(True))
     peak = next((p for name, p in PEAK.items() if dev.type == 'cuda' and name in torch.cuda.get_device_name()), None)
     nonfinite = torch.zeros(2, device=dev)                 # in a row, in all
     bar = tqdm(total=max_steps, initial=step, unit='step', disable=True if rank else None)
     started = clock = time.perf_counter()
 
+    profiler = torch.profiler.profile() if profile_steps else None
     while step < max_steps and not stopping:
-        # -- the micro-batches of this step. Their loss is one weighted mean: sum(weight x nll) / sum(weight) over all
-        #    of them and all ranks, because the mean of means is not the mean: (x1/n1 + x2/n2)/2 != (x1+x2)/(n1+n2).
+        if profiler and step == profile_steps[0] - 1:
+            profiler.start()
         waiting = time.perf_counter()
         micros = []
         for _ in range(accumulation):
             batch, loader_state = next(batches)
             micros.append(batch)
         waited = time.perf_counter() - waiting
-        total_weight, tokens, loss_tokens, visual_tokens, operations, bad_rows = sum_over_ranks(torch.tensor([
-            sum(m['total_weight'] for m in micros), sum(m['n_tokens'] for m in micros),
-            sum(len(m['loss_index']) for m in micros), sum(len(m.get('visual_index', ())) for m in micros),
-            sum(flops(model, m) for m in micros), sum(loader_state['skipped'].values())], dtype=torch.float64)).tolist()
-        loss, sums = 0., 0.
-        for i, micro in enumerate(micros):
-            with trained.no_sync() if world_size > 1 and i < accumulation - 1 else nullcontext():
-                with autocast:
-                    weighted, nll = trained(micro)
-                (weighted * world_size / total_weight).backward()       # the wrapper divides by world_size
-            loss = loss + weighted.detach() / total_weight
-            sums = sums + task_sums(nll, micro['loss_tasks'])
-        norm, bad = step_optimizers(optimizers, step)
+        tokens, loss_tokens, visual_tokens, operations, bad_rows = sum_over_ranks(torch.tensor([
+            sum(m['n_tokens'] for m in micros), sum(len(m['loss_index']) for m in micros),
+            sum(len(m.get('visual_index', ())) for m in micros), sum(flops(model, m) for m in micros),
+            sum(loader_state['skipped'].values()) / cp], dtype=torch.float64)).tolist()
+        model.loss_scale = scaling[0] if amp == torch.float16 else 1.
+        loss, sums = backward(model, trained, micros, autocast)
+        norm, bad = step_optimizers(optimizers, step, model.loss_scale)
+        if amp == torch.float16:
+            scaling = next_scale(scaling, bad)
         nonfinite = torch.stack([(nonfinite[0] + 1) * bad, nonfinite[1] + bad])
         step += 1
-        loss, sums = sum_over_ranks(loss), sum_over_ranks(sums)
         stopping = sum_over_ranks(torch.tensor(len(stop))).item() > 0
+
+        if profiler and step == profile_steps[1]:
+            profiler.stop()
+            profiler.export_chrome_trace(str(Path(out_dir) / f'trace-rank{rank}.json'))
 
         # -- keep track
         now = time.perf_counter()
@@ -602,12 +743,18 @@ def main():
             tqdm.write(f'step {step}: validation ' + ', '.join(f'{k} {v:.3f}' for k, v in result.items()))
             clock = time.perf_counter()
         if step % save_interval == 0 or step == max_steps or stopping:
-            save_checkpoint(step, model, processor, optimizers, loader_state)
+            saver.save(step, model, processor, optimizers, {'loader': loader_state, 'rng': torch.get_rng_state(),
+                                                            'scaling': scaling.tolist()})
             clock = time.perf_counter()
+    lost = saver.wait()
     bar.close()
     print(f"{'stopped' if stopping else 'done'} at step {step} after {(time.perf_counter() - started) / 60:.1f} minutes; "
           f"{out_dir}/step{step:06d}" if step else 'nothing to do')
-    if all_skipped := sum((Counter(n) for n in gather(loader_state['skipped'] if loader_state else {})), Counter()):
+    if lost:
+        raise UserError(f"the last checkpoint could not be written. Make room and run this again: it goes on from "
+                        f"{newest(out_dir)}")
+    every = gather(loader_state['skipped'] if loader_state else {})[::cp]
+    if all_skipped := sum(map(Counter, every), Counter()):
         print('rows skipped: ' + ', '.join(f'{k} {n}' for k, n in all_skipped.items()) + f'; see {out_dir}/skipped.jsonl')
 
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -519,6 +520,20 @@ def test_packing_resumes_bit_for_bit(world, stop):
     plain = take(loader(world, **how), 6)
     rest = take(loader(world, state=json.loads(json.dumps(plain[stop - 1][1])), num_workers=stop - 1, **how), 6 - stop)
     assert all(same(a, b) and s == t for (a, s), (b, t) in zip(plain[stop:], rest, strict=True))
+
+
+def test_other_numbers_of_loaders_go_on_without_losing_or_repeating_a_row(world):
+    mixture, states, seen = loader(world).rows.mixture, None, Counter()
+    for n in (3, 2, 1, 4):
+        states = json.loads(json.dumps(data.deal_out(states, n, mixture))) if states else [None] * n
+        taken = [take(loader(world, state=state, rank=i, world_size=n, length=512, packed=True, batch_size=2), 3)
+                 for i, state in enumerate(states)]
+        states = [batches[-1][1] for batches in taken]
+        seen.update(tuple(row) for batches in taken for batch, _ in batches for row in batch['rows'])
+    end, = data.deal_out(states, 1, mixture)
+    seen.update((mixture.datasets[d].name, row) for _, d, row in end['pool'])
+    drawn = itertools.islice(mixture.draws(), end['draw'])
+    assert seen == Counter((mixture.datasets[d].name, row) for _, d, row in drawn)
 
 
 def test_bad_rows_are_counted_named_and_limited(world, tmp_path):

@@ -151,7 +151,7 @@ def test_vision_hidden_states(style, size, tmp_path):
     for layers in ((0,), (1,), (2,), (-1, -3)):
         model = VLM(tiny((CLIP if style == 'clip' else SIGLIP) | dict(feature_layers=layers)))
         load_weights(model, tmp_path, only='vision_tower.')
-        got = model.vision_tower(patchify(pixels), (size // 8, size // 8))
+        got = model.vision_tower([(patchify(pixels), (size // 8, size // 8))]).view(2, (size // 8) ** 2, -1)
         # transformers' state 0 is the embeddings; a class token comes first in CLIP
         want = torch.cat([states[1:][i][:, int(style == 'clip'):] for i in layers], -1)
         assert parity(got, want) < 1e-5                # measured 1.9e-6

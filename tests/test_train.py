@@ -1,12 +1,14 @@
 """The training loop, as a user runs it: python train.py ... on a world of a few pictures and a model of a few numbers."""
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -39,9 +41,9 @@ def command(world, out, *args, **settings):
     return [sys.executable, str(ROOT / 'train.py'), *args, *(f'--{k}={v}' for k, v in settings.items())]
 
 
-def run(world, out, *args, code=0, launch=(), **settings):
+def run(world, out, *args, code=0, launch=(), preexec_fn=None, **settings):
     python, *rest = command(world, out, *args, **settings)
-    done = subprocess.run([python, *launch, *rest], capture_output=True, text=True, cwd=ROOT,
+    done = subprocess.run([python, *launch, *rest], capture_output=True, text=True, cwd=ROOT, preexec_fn=preexec_fn,
                           env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == code, done.stdout + done.stderr
     return done
@@ -109,6 +111,34 @@ def test_interrupted_save_leaves_the_last_checkpoint(world, uninterrupted, tmp_p
     (stray / 'model.safetensors').write_bytes(b'half')
     run(world, out, max_steps=6, save_interval=1, keep=2)
     assert not stray.exists() and sorted(p.name for p in out.glob('step*')) == ['step000005', 'step000006']
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(world, tmp_path):
+    run(world, tmp_path / 'cut', max_steps=5, save_interval=2, schedule='constant')
+    run(world, tmp_path / 'whole', max_steps=7, schedule='constant')
+    hurt = next((tmp_path / 'cut/step000005/train_state').glob('*.distcp'))
+    content = bytearray(hurt.read_bytes())
+    content[len(content) // 2] ^= 1
+    hurt.write_bytes(content)
+    done = run(world, tmp_path / 'cut', max_steps=7, schedule='constant')
+    assert f'step000005 is damaged (train_state/{hurt.name}' in done.stdout and 'resuming from' in done.stdout
+    assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'cut'))
+    for folder in (tmp_path / 'cut').glob('step*'):
+        (folder / 'config.json').unlink()
+    done = run(world, tmp_path / 'cut', max_steps=9, code=1)
+    assert 'is whole' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_a_full_disk_costs_no_checkpoint_but_the_one_it_has_no_room_for(world, tmp_path):
+    out = tmp_path / 'out'
+    run(world, out, max_steps=4)
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))       # no file may be larger
+    done = run(world, out, max_steps=7, save_interval=5, code=1, preexec_fn=full)
+    assert 'the checkpoint of step 5 could not be written' in done.stdout + done.stderr
+    assert 'Training goes on' in done.stdout + done.stderr and 'Make room' in done.stderr
+    assert sorted(p.name for p in out.iterdir()) == ['latest', 'metrics.jsonl', 'skipped.jsonl', 'step000004']
+    run(world, out, max_steps=7)
+    assert (out / 'latest').read_text().strip() == 'step000007'
 
 
 # -- the objective
@@ -248,15 +278,15 @@ def test_frozen_parts_stay_and_carry_no_state(world, tmp_path):
     fresh.init_weights(train.seed)
     kept = {n for n, p in end.named_parameters() if torch.equal(p, fresh.get_parameter(n))}
     assert kept == {n for n, _ in end.named_parameters() if n.startswith('vision_tower.') or 'embed_tokens' in n}
-    state = torch.load(tmp_path / 'step000002/train_state/state.pt', weights_only=True)
-    assert sum(len(o['state']) for o in state['optimizers']) == len(list(fresh.parameters())) - len(kept)
+    stored = dcp.FileSystemReader(tmp_path / 'step000002/train_state').read_metadata().state_dict_metadata
+    assert {name.rpartition('.')[0] for name in stored} == {n for n, _ in fresh.named_parameters()} - kept
     error = run(world, tmp_path, code=1, max_steps=3).stderr      # resumed with all parts
     assert 'was trained with other parts' in error and error.count('\n') == 1
 
 
 # -- several processes
 
-TWO = ('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2')
+TWO, FOUR = (('-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={n}') for n in (2, 4))
 
 
 def test_two_processes_take_the_steps_of_one(world, tmp_path):
@@ -276,14 +306,27 @@ def test_two_processes_take_the_steps_of_one(world, tmp_path):
     assert max((one[k] - two[k]).abs().max() for k in one) < 1e-5
 
 
-def test_two_processes_resume_bit_for_bit_and_not_as_one(world, tmp_path):
-    settings = dict(packing=True, schedule='constant', batch_size=1)
+def test_two_processes_resume_bit_for_bit(world, tmp_path):
+    settings = dict(packing=True, schedule='constant', batch_size=1, parallel='fsdp', optimizer='muon')
     run(world, tmp_path / 'whole', max_steps=6, **settings, launch=TWO)
     run(world, tmp_path / 'cut', max_steps=3, **settings, launch=TWO)
     run(world, tmp_path / 'cut', max_steps=6, **settings, launch=TWO)
     assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'cut'))
-    done = run(world, tmp_path / 'cut', code=1, max_steps=9, **settings)
-    assert 'trained by 2 processes, not 1' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_a_run_goes_on_with_any_number_of_processes(world, tmp_path):
+    """Four rows a step, however many share them out: the same losses, step by step, and the same weights."""
+    settings = dict(schedule='constant', mixture="{'shapes': 0.5, 'shapes_text': 0.5}")
+    run(world, tmp_path / 'one', batch_size=4, max_steps=8, **settings)
+    for steps, launch, layout in ((2, FOUR, dict(parallel='fsdp', cp=2, batch_size=2)), (4, (), dict(batch_size=4)),
+                                  (6, TWO, dict(parallel='fsdp', batch_size=2)), (8, TWO, dict(cp=2, batch_size=4))):
+        run(world, tmp_path / 'many', max_steps=steps, **settings, **layout, launch=launch)
+    one, many = metrics(tmp_path / 'one'), metrics(tmp_path / 'many')
+    for step in range(1, 9):
+        for key in ('loss', 'grad_norm', 'tokens', 'loss_tokens', 'visual_tokens'):
+            assert one[step][key] == pytest.approx(many[step][key], rel=1e-4), (step, key)
+    one, many = weights(tmp_path / 'one'), weights(tmp_path / 'many')
+    assert max((one[k] - many[k]).abs().max() for k in one) < 1e-4
 
 
 # -- kindness

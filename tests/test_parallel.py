@@ -1,0 +1,214 @@
+"""Several processes on the CPU against one: every combination gives its loss and its gradients."""
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from data import Example, collate, share_rows  # noqa: E402
+from model import VLM, held, make_config, whole  # noqa: E402
+
+VISION = dict(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, image_size=32, patch_size=8,
+              feature_layers=(-1,))
+LANGUAGE = dict(hidden_size=48, intermediate_size=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8,
+                vocab_size=128)
+PROCESSOR = SimpleNamespace(pad=0, grid=(4, 4), frame_grid=(2, 2))
+
+
+def launch(function, world, *args, nodes=1):
+    """function(rank, *args) in each of `world` processes, as torchrun would start them."""
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        port = s.getsockname()[1]
+    mp.spawn(_start, (world, nodes, port, function, args), nprocs=world)
+
+
+def _start(rank, world, nodes, port, function, args):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world // nodes), MASTER_PORT=str(port),
+                      LOCAL_RANK=str(rank % (world // nodes)), MASTER_ADDR='localhost')
+    import parallel                            # reads them
+    parallel.start(torch.device('cpu'), 1)
+    function(rank, *args)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def tree(seed, crops, frames=False):
+    """An example of so many crops, three branches behind them, loss on some tokens."""
+    r, e = np.random.default_rng(seed), Example()
+    patches = 4 if frames else 16
+    shared, talks = crops * (patches // 4 + 1) + 3, r.integers(3, 12, 3)
+    for branch, n in enumerate([shared, *talks]):
+        e.tokens += r.integers(5, 100, n).tolist()
+        e.weights += [float(branch > 0) * w for w in r.choice([0., .5, 2.], n)]
+        e.branches, e.tasks = e.branches + [branch] * n, e.tasks + [branch % 3] * n
+        e.positions += list(range(shared, shared + n) if branch else range(n))
+    if crops:
+        e.grid = PROCESSOR.frame_grid if frames else PROCESSOR.grid
+        e.patches = r.integers(0, 256, (crops, patches, 192), dtype=np.uint8)
+        e.pool_index = r.integers(-1, crops * patches, (crops * patches // 4, 4))
+        e.pool_index[:, 0] = np.arange(crops * patches // 4)
+        e.visual_index = np.flatnonzero(np.arange(shared) % (patches // 4 + 1))[:crops * patches // 4]
+    return e
+
+
+def batches(number):
+    """Rows that differ in everything: of several trees, of text alone, with pictures and frames, of unequal weight."""
+    every = [collate([[tree(1, 3), tree(2, 0)], [tree(3, 5, frames=True)]], PROCESSOR, 71),
+            collate([[tree(4, 0), tree(5, 0)]], PROCESSOR, 67),
+            collate([[tree(6, 1)], [tree(7, 1)]], PROCESSOR),
+            collate([[tree(8, 2), tree(9, 0), tree(10, 3, frames=True)]], PROCESSOR, 109)]
+    return (every * 2)[:number]
+
+
+def build(frozen=False, recipe='nano', cut=None, **language):
+    """A model of random weights; cut(model) says who holds them, before there are any."""
+    with torch.device('meta'):
+        model = VLM(make_config(VISION, {**LANGUAGE, **language}, recipe=recipe, connector='mlp', pooling=2,
+                                visual_token_ids=tuple(range(5, 30))))
+    model.set_trained(dict(train_vision=not frozen, train_connector=True, train_language=True, train_embedding=True))
+    if cut:
+        cut(model)
+    model.to_empty(device='cpu')
+    model.set_buffers()
+    model.init_weights(1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():                      # some matrices start at 0 and would hide the gradients of those before
+        for p in model.parameters():
+            noise = torch.empty(p.shape).normal_(0, .1, generator=generator)
+            mine, first = held(p)
+            mine += noise[first:first + len(mine)]
+    return model.train()
+
+
+def one_process(model, batches):
+    """(loss, gradients) of a step over all batches: the weighted mean."""
+    total = sum(b['total_weight'] for b in batches)
+    loss = sum(model(b)[0] for b in batches) / total
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss.item(), gradients
+
+
+def _compare(rank, folder, layouts):
+    """A step of every layout, with accumulation, against one process: `train.py`'s own step on both sides."""
+    import parallel
+    import train
+    world, table = dist.get_world_size(), []
+    for layout, cp, accumulation, frozen, recipe, sizes in layouts:
+        alone = build(frozen, recipe, **sizes)
+        expected, gradients = one_process(alone, batches(world // cp * accumulation))
+        train.parallel, train.cp = layout, cp
+        cut = None if layout == 'ddp' else lambda m: parallel.shard(m, layout == 'hsdp', None, True, False)
+        model = build(frozen, recipe, cut, **sizes)
+        model.group = parallel.row_group(cp, model.config.language.num_heads)
+        rows = batches(world // cp * accumulation)[rank // cp::world // cp]
+        loss, _ = train.backward(model, train.distribute(model), [b for b, _ in train.pieces((b, 0) for b in rows)],
+                                 torch.enable_grad())
+        worst = 0.
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                error = (whole(p.grad) - gradients[name]).abs().max() / gradients[name].abs().max().clamp(min=1e-3)
+                worst = max(worst, error.item())
+        table.append([layout, cp, accumulation, frozen, recipe, sizes, abs(loss.item() / expected - 1), worst])
+    if rank == 0:
+        (folder / 'table.json').write_text(json.dumps(table))
+
+
+def compare(folder, world, layouts, nodes=1):
+    launch(_compare, world, folder, layouts, nodes=nodes)
+    for *layout, loss, gradient in json.loads((folder / 'table.json').read_text()):
+        print(world, layout, f'loss {loss:.1e}, gradients {gradient:.1e}')
+        assert loss < 1e-5 and gradient < 1e-5, layout
+
+
+def test_two_processes(tmp_path):
+    plain = [(layout, cp, accumulation, False, 'nano', {}) for layout in ('ddp', 'fsdp') for cp in (1, 2)
+             for accumulation in (1, 2)]
+    compare(tmp_path, 2, [*plain, ('ddp', 2, 1, True, 'nano', {}), ('fsdp', 1, 1, True, 'nano', {}),
+                          ('fsdp', 2, 2, True, 'molmo2', {}),
+                          ('ddp', 2, 1, False, 'nano', dict(num_heads=12, num_kv_heads=3))])
+
+
+def test_four_processes_on_two_nodes(tmp_path):
+    plain = [(layout, cp, 1, False, 'nano', {}) for layout in ('ddp', 'fsdp', 'hsdp') for cp in (1, 2, 4)]
+    compare(tmp_path, 4, [*plain, ('hsdp', 2, 2, True, 'molmo2', {}),
+                          ('fsdp', 4, 2, False, 'nano', dict(num_heads=12, num_kv_heads=3))], nodes=2)
+
+
+def _measure(rank, folder, cp):
+    """What a forward and backward pass of one long row sends and keeps, with and without others to share it."""
+    import model as m
+    import parallel
+    vlm = build(frozen=True, num_heads=8, num_kv_heads=2)
+    row, kept, sent = collate([[tree(i, 8, frames=True) for i in range(24)]], PROCESSOR), {}, [0]
+    exchange, own = dist.all_to_all_single, {p.untyped_storage().data_ptr() for p in vlm.parameters()}
+
+    def counted(out, x, group):
+        sent[0] += x.nbytes * (group.size() - 1) // group.size()       # a rank keeps its own piece
+        exchange(out, x, group=group)
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    m.dist.all_to_all_single = counted
+    if cp > 1:
+        vlm.group = parallel.row_group(cp, 8)
+        row = share_rows(row, rank, cp)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss, _ = vlm(row)
+    forward = sent[0]
+    loss.backward()
+    if rank == 0:
+        (folder / f'{cp}.json').write_text(json.dumps(
+            [row['row_tokens'].shape[1] if cp > 1 else 0, forward, sent[0],
+             sum(size for where, size in kept.items() if where not in own)]))
+
+
+def test_sharing_a_row_costs_as_the_formula_says_and_saves_memory(tmp_path):
+    kept = {}
+    for cp in (1, 2, 4):
+        launch(_measure, cp, tmp_path, cp)
+        length, forward, both, kept[cp] = json.loads((tmp_path / f'{cp}.json').read_text())
+        heads = 8 + 8 + 2 * max(2, cp)         # queries there, results back, two key heads and as many values, or cp
+        assert forward == 3 * heads * 8 * 4 * length // cp * (cp - 1) // cp      # layers x heads x head_dim x bytes
+        assert both == 2 * forward
+    print('bytes kept for the backward pass', kept)
+    assert kept[1] > 1.8 * kept[2] and kept[1] > 3.2 * kept[4]         # measured
+
+
+def _compiled(rank, folder, cp):
+    """Rows of one size that differ in all else, through compiled blocks: after four batches nothing compiles again."""
+    import parallel
+    plain, vlm = build(), build()
+    vlm.group = parallel.row_group(cp, 4)
+    for block in vlm.blocks():
+        block.compile(backend='aot_eager')         # inductor would only take longer: the guards are the same
+    for i in range(9):
+        trees = [tree(5 * i + k, k % 3 + (k == i % 5), frames=k == 3) for k in range(5)]
+        row = collate([trees], PROCESSOR, 200)
+        torch._dynamo.config.error_on_recompile = i >= 4
+        loss, expected = vlm(share_rows(row, rank, cp) if cp > 1 else row)[0], plain(row)[0]
+        loss.backward()
+        expected.backward()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5) or cp > 1
+    for (name, p), other in zip(vlm.named_parameters(), plain.parameters()):
+        if cp > 1:
+            dist.all_reduce(p.grad)
+        assert (p.grad - other.grad).abs().max() < 1e-4 * other.grad.abs().max().clamp(min=1), name
+
+
+def test_compiled_blocks_are_compiled_once(tmp_path):
+    for cp in (1, 2):
+        launch(_compiled, cp, tmp_path, cp)
