@@ -1,10 +1,10 @@
 # Stage 2 in small: videos, tracks and several pictures at once, from stage 1. Pictures stay in the mixture.
 out_dir = 'out/demo_stage2'
 init_from = 'out/demo_stage1'
-mixture = {                    # sqrt-proportional inside each group
-    'pictures': {'rate': 0.42, 'sets': {'shapes': {}, 'clocks': {}, 'shapes_text': {'cap': 2000}}},
-    'several pictures': {'rate': 0.13, 'sets': {'shapes_many': {}}},
-    'videos': {'rate': 0.45, 'sets': {'clips': {}}},
+mixture = {                    # sqrt-proportional inside each group; three pictures in four are shapes, to keep counting
+    'pictures': {'rate': 0.46, 'sets': {'shapes': {}, 'clocks': {'factor': 0.4}, 'shapes_text': {'cap': 2000}}},
+    'several pictures': {'rate': 0.14, 'sets': {'shapes_many': {}}},
+    'videos': {'rate': 0.4, 'sets': {'clips': {}}},
 }
 image_size = 64
 pooling = 2                    # 16 visual tokens a picture,
@@ -24,9 +24,9 @@ muon_learning_rate = 2e-3      # half of stage 1's: higher, it forgets pictures
 learning_rate = 1e-3
 beta2 = 0.98
 warmup_steps = 50
-max_steps = 1200
+max_steps = 1600
 min_lr_ratio = 0.0
-eval_interval = 400
+eval_interval = 800
 eval_batches = 8
-save_interval = 400
+save_interval = 800
 keep = 0

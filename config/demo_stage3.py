@@ -4,9 +4,9 @@ from config.demo_stage2 import *  # noqa: F403
 out_dir = 'out/demo_stage3'
 init_from = 'out/demo_stage2'
 mixture = {
-    'pictures': {'rate': 0.4, 'sets': {'shapes': {}, 'clocks': {}, 'shapes_text': {'cap': 2000}}},
+    'pictures': {'rate': 0.45, 'sets': {'shapes': {}, 'clocks': {'factor': 0.4}, 'shapes_text': {'cap': 2000}}},
     'several pictures': {'rate': 0.15, 'sets': {'shapes_many': {}}},
-    'videos': {'rate': 0.45, 'sets': {'clips': {}, 'long_clips': {}}},
+    'videos': {'rate': 0.4, 'sets': {'clips': {}, 'long_clips': {}}},
 }
 task_weights = {**task_weights, 'tracking': 1.0}  # noqa: F405
 max_frames = 48
