@@ -235,13 +235,15 @@ def distribute(model):
     return model
 
 
-def backward(model, trained, micros, autocast):
-    """The gradients of a step over the micro-batches of all ranks; returns its loss and task_sums, the same on all.
+def backward(model, trained, micros, autocast, scale=1.):
+    """The gradients of a step over the micro-batches of all ranks, times `scale`; returns its loss and task_sums, the
+    same on all.
 
     The loss is one weighted mean: sum(weight x nll) / sum(weight) over all of them, because the mean of means is not
     the mean: (x1/n1 + x2/n2)/2 != (x1+x2)/(n1+n2).
     """
     total_weight = sum_over_ranks(torch.tensor(sum(m['total_weight'] for m in micros), dtype=torch.float64)).item()
+    model.loss_scale = scale * (world_size / total_weight)       # the sum over ranks is divided by world_size
     loss, sums = 0., 0.
     for i, micro in enumerate(micros):
         last = i == len(micros) - 1          # the ranks' gradients are added up once
@@ -250,9 +252,10 @@ def backward(model, trained, micros, autocast):
         with trained.no_sync() if trained is not model and not last else nullcontext():
             with autocast:
                 weighted, nll = trained(micro)
-            (weighted * (world_size / total_weight)).backward()         # the sum over ranks is divided by world_size
-        loss = loss + weighted.detach() / (total_weight * model.loss_scale)
+            weighted.backward()
+        loss = loss + weighted.detach() / (scale * world_size)
         sums = sums + task_sums(nll, micro['loss_tasks'])
+    model.loss_scale = 1.
     return sum_over_ranks(loss), sum_over_ranks(sums)
 
 
@@ -695,9 +698,9 @@ def main():
             sum(m['n_tokens'] for m in micros), sum(len(m['loss_index']) for m in micros),
             sum(len(m.get('visual_index', ())) for m in micros), sum(flops(model, m) for m in micros),
             sum(loader_state['skipped'].values()) / cp], dtype=torch.float64)).tolist()
-        model.loss_scale = scaling[0] if amp == torch.float16 else 1.
-        loss, sums = backward(model, trained, micros, autocast)
-        norm, bad = step_optimizers(optimizers, step, model.loss_scale)
+        scale = scaling[0] if amp == torch.float16 else 1.
+        loss, sums = backward(model, trained, micros, autocast, scale)
+        norm, bad = step_optimizers(optimizers, step, scale)
         if amp == torch.float16:
             scaling = next_scale(scaling, bad)
         nonfinite = torch.stack([(nonfinite[0] + 1) * bad, nonfinite[1] + bad])

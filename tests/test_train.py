@@ -284,6 +284,29 @@ def test_frozen_parts_stay_and_carry_no_state(world, tmp_path):
     assert 'was trained with other parts' in error and error.count('\n') == 1
 
 
+def test_narrow_numbers_take_nearly_the_same_steps_and_a_trace_is_written(world, tmp_path):
+    run(world, tmp_path / 'float32', max_steps=8, schedule='constant')
+    for name, change in (('bfloat16', dict(dtype='bfloat16', profile_steps='(2, 3)')), ('float16', dict(dtype='float16')),
+                         ('weights', dict(dtype='bfloat16', master_dtype='bfloat16'))):
+        run(world, tmp_path / name, max_steps=5, schedule='constant', **change)
+        run(world, tmp_path / name, max_steps=8, schedule='constant', **change)
+    expected = metrics(tmp_path / 'float32')
+    for name in ('bfloat16', 'float16', 'weights'):
+        losses = metrics(tmp_path / name)
+        assert all(losses[i]['loss'] == pytest.approx(expected[i]['loss'], rel=.02) for i in range(1, 9)), name
+        assert losses[8]['nonfinite'] == 0
+    assert weights(tmp_path / 'weights')['language_model.model.norm.weight'].dtype == torch.bfloat16
+    trace = json.loads((tmp_path / 'bfloat16/trace-rank0.json').read_text())
+    assert any('backward' in event.get('name', '').lower() for event in trace['traceEvents'])
+
+
+def test_an_overflow_halves_the_scale_and_a_long_peace_doubles_it():
+    scaling = torch.tensor([1024., 1998.])
+    for bad, expected in ((0., [1024., 1999.]), (0., [2048., 0.]), (1., [1024., 0.]), (0., [1024., 1.])):
+        scaling = train.next_scale(scaling, torch.tensor(bad))
+        assert scaling.tolist() == expected
+
+
 # -- several processes
 
 TWO, FOUR = (('-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={n}') for n in (2, 4))
