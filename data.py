@@ -307,14 +307,15 @@ class Processor:
         if unknown := [k for k in settings if not hasattr(type(self), k)]:
             raise TypeError(f'Processor has no setting {unknown[0]}')
         self.__dict__.update(settings)
-        self.tokenizer_folder = Path(tokenizer_folder)
-        path = self.tokenizer_folder / 'tokenizer.json'
+        path = Path(tokenizer_folder) / 'tokenizer.json'
         if not path.is_file():
             raise UserError(f"{path} does not exist; a tokenizer is a folder with tokenizer.json")
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as e:               # the library raises plain Exception
             raise UserError(f"{path} is not a tokenizer ({e})") from None
+        files = [path, path.with_name('tokenizer_config.json')]       # kept: the folder may be an old checkpoint, to go
+        self.tokenizer_files = {file.name: file.read_bytes() for file in files if file.is_file()}
         self.tokenizer.encode_special_tokens = True    # '<|im_end|>' in a user's text is text
         self.vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
         ids = {t: self.tokenizer.token_to_id(t) for t in ('<|im_start|>', '<|im_end|>', self.image_token)}
@@ -487,9 +488,8 @@ class Processor:
     def save(self, folder):
         """Tokenizer and processor files in the layout transformers reads; our own settings in processor_config.json."""
         folder, size = Path(folder), {'height': self.image_size, 'width': self.image_size}
-        for name in ('tokenizer.json', 'tokenizer_config.json'):
-            if (self.tokenizer_folder / name).is_file():
-                (folder / name).write_bytes((self.tokenizer_folder / name).read_bytes())
+        for name, content in self.tokenizer_files.items():
+            (folder / name).write_bytes(content)
         mean, std = (list(x) for x in _pixel_stats(folder))
         image = {'image_processor_type': 'CLIPImageProcessor', 'do_resize': True, 'resample': 3, 'do_rescale': True,
                  'do_center_crop': self.resize == 'crop', 'crop_size': size, 'do_normalize': True,

@@ -109,8 +109,10 @@ def test_interrupted_save_leaves_the_last_checkpoint(world, uninterrupted, tmp_p
     stray = out / '.step000099.tmp'            # what a crash in the middle of a save leaves
     stray.mkdir()
     (stray / 'model.safetensors').write_bytes(b'half')
-    run(world, out, max_steps=6, save_interval=1, keep=2)
-    assert not stray.exists() and sorted(p.name for p in out.glob('step*')) == ['step000005', 'step000006']
+    run(world, out, max_steps=8, save_interval=1, keep=2)
+    assert not stray.exists() and sorted(p.name for p in out.glob('step*')) == ['step000007', 'step000008']
+    # the checkpoint that it went on from is gone; what is left is whole all the same
+    assert (out / 'step000008/tokenizer.json').read_bytes() == (world / 'shapes/tokenizer.json').read_bytes()
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(world, tmp_path):
