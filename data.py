@@ -646,8 +646,8 @@ def share_rows(batch, index, n):
                  if name in batch]           # a name, its crops, the patches of one, the crops of a share
         share, before, gathered = sum(p * crops for _, _, p, crops in kinds), 0, []
         for name, number, patches, crops in kinds:
-            padded = F.pad(batch[name], (0, 0, 0, 0, 0, n * crops - number))
-            cut[name] = padded[index * crops:(index + 1) * crops].contiguous()
+            ours = batch[name][index * crops:(index + 1) * crops]
+            cut[name] = F.pad(ours, (0, 0, 0, 0, 0, crops - len(ours)))
             i = torch.arange(number * patches)
             gathered.append(i // (crops * patches) * share + before + i % (crops * patches))
             before += crops * patches

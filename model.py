@@ -1221,7 +1221,7 @@ def _from_molmo2(hf):
 
 
 def whole(p):
-    """A parameter as one tensor; of a sharded one all ranks must ask together."""
+    """A parameter, gradient or norm as one tensor; of a sharded one all ranks must ask together."""
     return p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
 
 
@@ -1283,8 +1283,14 @@ def write_model(config, tensors, folder):
             'weight_map': {key: name for name, part in zip(names, files) for key in part}}, indent=2))
 
 
+def copy_tensors(model, keep=True):
+    """The tensors that `write_model` writes, copied to the CPU. All ranks of a sharded model go through it, those that
+    `keep` nothing too: each holds a part."""
+    return {name: x.to('cpu', copy=True).contiguous() for name, x in disk_tensors(model) if keep}
+
+
 def save_model(model, folder):
-    write_model(model.config, {name: x.to('cpu', copy=True).contiguous() for name, x in disk_tensors(model)}, folder)
+    write_model(model.config, copy_tensors(model), folder)
 
 
 def newest(path):
@@ -1373,16 +1379,26 @@ def memory_estimate(model, rows, seq_len, recompute=0, amp=torch.bfloat16, patch
     return {use: int(n) for use, n in out.items()}
 
 
+def planned_model(settings, checkpoint=None):
+    """The VLM that train.py builds with these settings, without weights (meta device). An init_from that is not there
+    yet is taken to be of the settings' sizes."""
+    source = checkpoint or settings['init_from'] and newest(settings['init_from'])
+    with torch.device('meta'):
+        model = VLM(from_hf(read_json(source / 'config.json')) if source and source.is_dir() else make_config(
+            **{k: settings[k] for k in ('recipe', 'vision', 'language', 'connector', 'pooling')}))
+    model.set_trained(settings)
+    return model
+
+
+def full_row_patches(settings):
+    """Patches behind a row of nothing but visual tokens, for `memory_estimate`; 0 where a row is one example."""
+    return settings['seq_len'] * max(settings['pooling'], settings['video_pooling']) ** 2 if settings['packing'] else 0
+
+
 def main():
     from configurator import configure, train_settings
-    settings = train_settings()
-    given = configure(settings)
-    names = ('recipe', 'vision', 'language', 'connector', 'pooling')
-    with torch.device('meta'):
-        start = given['init_from'] and newest(given['init_from'])
-        model = VLM(from_hf(read_json(start / 'config.json')) if start and start.is_dir() else
-                    make_config(**{k: given[k] for k in names}))
-    model.set_trained(given)
+    given = configure(train_settings())
+    model = planned_model(given)
     print('\n'.join(part_table(model)))
     print(f"{'all':<12}{sum(p.numel() for p in model.parameters()):>16,}          {layout(model.config) or 'no'} layout "
           f"in transformers")
@@ -1390,12 +1406,11 @@ def main():
     stages = {'stage 1': (32, 4096), 'stage 2': (16, 4096), 'stage 3': (4, 36864)}
     if len(sys.argv) > 1:
         stages = {'this config': (given['batch_size'], given['seq_len'])}
-    per_token = max(given['pooling'], given['video_pooling']) ** 2 if given['packing'] else 0
     amp = torch.float32 if given['dtype'] == 'float32' else torch.bfloat16
     for every in (0, 1):
         print(f"\nGB a device with full rows, {'every block recomputed' if every else 'nothing recomputed'}")
         for name, (rows, seq_len) in stages.items():
-            memory = memory_estimate(model, rows, seq_len, every, amp, per_token * seq_len)
+            memory = memory_estimate(model, rows, seq_len, every, amp, full_row_patches({**given, 'seq_len': seq_len}))
             print(f"{name:<12}{rows:>3} x {seq_len:<7,}" + '  '.join(f'{k} {v / 1e9:.1f}' for k, v in memory.items()))
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from model import VLM, UserError, make_config, memory_estimate
+from model import UserError, full_row_patches, memory_estimate, planned_model
 
 rank, local_rank, world_size, local_world_size = (             # as torchrun sets them
     int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_WORLD_SIZE', 1)))
@@ -96,11 +96,8 @@ def main():
     """Does it fit? Memory of a device by the number of devices."""
     from configurator import configure, train_settings
     settings = configure(train_settings())
-    with torch.device('meta'):
-        model = VLM(make_config(**{k: settings[k] for k in ('recipe', 'vision', 'language', 'connector', 'pooling')}))
-    model.set_trained(settings)
+    model, patches = planned_model(settings), full_row_patches(settings)
     rows, seq_len, recompute = (settings[k] for k in ('batch_size', 'seq_len', 'recompute'))
-    patches = seq_len * max(settings['pooling'], settings['video_pooling']) ** 2 if settings['packing'] else 0
     need = lambda shards, cp: memory_estimate(model, rows, seq_len, recompute, patches=patches, shards=shards, cp=cp)
     print(f"GB on each device for {rows} rows of {seq_len:,} tokens, recompute = {recompute}; with ddp "
           f"{need(1, 1)['total'] / 1e9:.1f}, with fsdp:\n")

@@ -114,14 +114,14 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.distributed.checkpoint as dcp  # noqa: E402
 from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
-from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from data import (TASKS, Dataset, Loader, Mixture, Processor, deal_out, mixture_sets, mixture_table,  # noqa: E402
                   open_mixture, processor_settings, share_rows)
-from model import (UserError, VLM, disk_tensors, from_hf, layout, load_weights, make_config,  # noqa: E402
-                   memory_estimate, newest, part_table, pick_device, pick_dtype, read_json, write_model)
+from model import (UserError, VLM, copy_tensors, from_hf, full_row_patches, layout, load_weights,  # noqa: E402
+                   make_config, memory_estimate, newest, part_table, pick_device, pick_dtype, planned_model, read_json,
+                   whole, write_model)
 from parallel import from_rank_0, gather, rank, row_group, shard, start, sum_over_ranks, world_size  # noqa: E402
 
 
@@ -271,7 +271,7 @@ def step_optimizers(optimizers, step, loss_scale=1.):
         gradients.setdefault(group['part'] if clip_parts else 'all', []).extend(
             p.grad for p in group['params'] if p.grad is not None)
     norms = {part: torch.nn.utils.get_total_norm(g) for part, g in gradients.items() if g}
-    norms = {part: (n.full_tensor() if isinstance(n, DTensor) else n).float() / loss_scale for part, n in norms.items()}
+    norms = {part: whole(n).float() / loss_scale for part, n in norms.items()}
     total = torch.linalg.vector_norm(torch.stack(list(norms.values())))
     bad = (~torch.isfinite(total)).float()
     for opt in optimizers:
@@ -409,10 +409,7 @@ class Saver:
         temporary = folder.with_name(f'.{folder.name}.tmp')
         state = {'step': step, 'ranks': gather(place)[::cp], 'moved': moved(optimizers),
                  'settings': {k: repr(v) for k, v in settings.items()}}
-        tensors = {}
-        for name, x in disk_tensors(model):  # all ranks together: each holds a part of it
-            if not rank:
-                tensors[name] = x.to('cpu', copy=True).contiguous()
+        tensors = copy_tensors(model, keep=not rank)
         shards = dcp.async_save(moments(model, optimizers), checkpoint_id=temporary / 'train_state',
                                 process_group=self.group, no_dist=world_size == 1)
 
@@ -514,7 +511,7 @@ def load_state(folder, model, optimizers, rows):
         raise UserError(f"{folder} was trained with other parts or another optimizer. Set train_vision, train_connector, "
                         f"train_language, train_embedding and optimizer as they were, or start a new run: another "
                         f"out_dir with --init_from={folder}")
-    names = {name: p for name, p in model.named_parameters()}
+    names = dict(model.named_parameters())
     optimizer_of = {p: opt for opt in optimizers for p in opt.param_groups[0]['params']}
     stored = dcp.FileSystemReader(folder / 'train_state').read_metadata().state_dict_metadata
     for name, what in stored.items():        # room for what is stored
@@ -538,13 +535,10 @@ def load_state(folder, model, optimizers, rows):
 def plan(dev, amp, checkpoint):
     """--dry_run: the resolved settings, the plan, and what is missing for it; neither weights nor data are needed."""
     print('\n'.join(f'{k} = {v!r}' for k, v in settings.items()) + '\n')
-    with torch.device('meta'):
-        source = checkpoint or init_from and newest(init_from)
-        model = VLM(from_hf(read_json(source / 'config.json')) if source and source.is_dir() else new_config())
     missing = [Path(data_dir) / name / 'train.jsonl' for name in mixture_sets(mixture)]
     folders = [init_from] if init_from else [vision_weights, language_weights, tokenizer]
     missing += [Path(folder) for folder in folders if folder]
-    print_plan(set_trained(model), dev, amp, checkpoint)
+    print_plan(planned_model(settings, checkpoint), dev, amp, checkpoint)
     missing = [path for path in missing if not path.exists()]
     print('\n'.join(f'missing: {path}' for path in missing) or 'nothing is missing')
 
@@ -560,8 +554,7 @@ def print_plan(model, dev, amp, checkpoint):
           + (f" x {world_size // cp} processes" if world_size > 1 else '')
           + (f", each with {cp - 1} more that share its rows" if cp > 1 else '') + ", at most "
           f"{rows * seq_len:,} tokens a step, {rows * max_steps:,} rows in all")
-    patches = seq_len * max(pooling, video_pooling) ** 2 if packing else 0       # rows of nothing but pictures
-    memory = memory_estimate(model, batch_size, seq_len, recompute, amp, patches)
+    memory = memory_estimate(model, batch_size, seq_len, recompute, amp, full_row_patches(settings))
     print('memory of full rows, estimated: ' + ', '.join(f'{k} {v / 1e9:.2f} GB' for k, v in memory.items()))
     print(f"device {dev} with {torch.get_num_threads()} threads, {str(amp)[6:]}; rows with branches: "
           + ('FlexAttention block mask' if dev.type == 'cuda' else
@@ -694,10 +687,6 @@ def main():
             batch, loader_state = next(batches)
             micros.append(batch)
         waited = time.perf_counter() - waiting
-        tokens, loss_tokens, visual_tokens, operations, bad_rows = sum_over_ranks(torch.tensor([
-            sum(m['n_tokens'] for m in micros), sum(len(m['loss_index']) for m in micros),
-            sum(len(m.get('visual_index', ())) for m in micros), sum(flops(model, m) for m in micros),
-            sum(loader_state['skipped'].values()) / cp], dtype=torch.float64)).tolist()
         scale = scaling[0] if amp == torch.float16 else 1.
         loss, sums = backward(model, trained, micros, autocast, scale)
         norm, bad = step_optimizers(optimizers, step, scale)
@@ -705,7 +694,10 @@ def main():
             scaling = next_scale(scaling, bad)
         nonfinite = torch.stack([(nonfinite[0] + 1) * bad, nonfinite[1] + bad])
         step += 1
-        stopping = sum_over_ranks(torch.tensor(len(stop))).item() > 0
+        tokens, loss_tokens, visual_tokens, operations, bad_rows, stopping = sum_over_ranks(torch.tensor([
+            sum(m['n_tokens'] for m in micros), sum(len(m['loss_index']) for m in micros),
+            sum(len(m.get('visual_index', ())) for m in micros), sum(flops(model, m) for m in micros),
+            sum(loader_state['skipped'].values()) / cp, len(stop)], dtype=torch.float64)).tolist()
 
         if profiler and step == profile_steps[1]:
             profiler.stop()

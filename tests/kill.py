@@ -1,9 +1,9 @@
 """Kills a run of two processes again and again, lets it go on, and compares what is left with a run in peace.
 
-    python tests/kill.py --kills=50 [--seed=0]       about 15 minutes; the suite does a few
+    python tests/kill.py --kills=50 [--seed=0]       about 15 minutes, not in the suite
 
-A third of the kills strike while a checkpoint is being written, a third take one of the two processes only. In the end
-weights, moments and the place in the data must be the same bit for bit, and nothing else may lie about.
+Half of the kills wait for a checkpoint to be written, a third take one of the two processes only. In the end weights
+and the place in the data must be the same bit for bit, and nothing else may lie about.
 """
 import argparse
 import json

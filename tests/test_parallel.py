@@ -102,7 +102,7 @@ def one_process(model, batches):
 
 
 def _compare(rank, folder, layouts):
-    """A step of every layout, with accumulation, against one process: `train.py`'s own step on both sides."""
+    """A step of every layout, with accumulation, by `train.py`'s own function, against one process."""
     import parallel
     import train
     world, table = dist.get_world_size(), []
