@@ -1,6 +1,8 @@
 # make demo: draw the shapes world, train three stages on it, score each, ask the last one something
 # make test: everything the suite checks, offline once the packages are installed
 # make bench: side by side with transformers on this machine
+# make gpu-check: kernels, compiled blocks and the three real stages at full size on this machine's GPU, with the torch of
+#                 its own Python (PYTHON=..), which must have pytest too
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_DATA := data/shapes,data/clocks,data/shapes_text,data/shapes_many,data/clips,data/long_clips
@@ -19,6 +21,10 @@ test: .venv/test
 bench: .venv/test
 	$(BIN)/python bench.py --against=transformers
 
+gpu-check:
+	$(PYTHON) -m pytest -s tests/gpu.py
+	for stage in 1 2 3; do $(PYTHON) bench.py --step=config/stage$$stage.py || exit; done
+
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -r requirements.txt
@@ -28,4 +34,4 @@ bench: .venv/test
 	$(BIN)/pip install -q -r requirements-test.txt
 	touch $@
 
-.PHONY: demo test bench
+.PHONY: demo test bench gpu-check

@@ -5,6 +5,8 @@
     python bench.py --data                     pictures and video frames a second and core, seeking beside decoding all
     python bench.py --packing=config/demo_stage2.py      how full rows are; useful tokens a second beside padding the
                                                same examples; share of a step that reading takes; --key=value too
+    python bench.py --step=config/stage3.py    a training step at full size on this device, random weights and full rows:
+                                               tokens a second, MFU, peak memory beside what model.py says; --key=value
     options: --size=tiny,small  --what=train,generate  --repeats=5  --threads=N  --seed=0
 
 The peer is LlavaForConditionalGeneration with its best plain settings: SDPA attention, fused AdamW, no attention mask
@@ -24,16 +26,19 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import torch
 from PIL import Image
 
+import train
 from configurator import configure, train_settings
-from data import Rows, collate, make_processor, next_row, open_mixture
+from data import Example, Rows, collate, make_processor, next_row, open_mixture, windows
 from media import load_image, load_video
-from model import VLM, UserError, make_config, pick_dtype, save_model
+from model import (VLM, Segments, UserError, attention, make_config, make_mask, mask_rule, memory_estimate, pick_device,
+                   pick_dtype, planned_model, save_model)
 
 SIZES = {   # a ViT and a decoder from scratch; `tiny` is near the demo's, `small` the largest that a laptop trains
     'tiny': (dict(hidden_size=128, intermediate_size=512, num_layers=5, num_heads=4, image_size=64, patch_size=8),
@@ -317,18 +322,102 @@ def bench_packing(settings, repeats, seed):
     print(f'reading them takes {reading:.3f} s on one core, {reading / (reading + seconds[0]):.1%} of reading and step')
 
 
+def made_up_rows(settings, processor, rng):
+    """Rows of exactly seq_len: packed ones a clip of max_frames, then pictures with three conversations each, then text;
+    else one picture and conversations about it."""
+    def example(crops, grid, k, talks):
+        e, visual = Example(), 0
+        if crops:
+            index, n = windows(grid, k), grid[0] * grid[1]
+            e.grid, visual = grid, crops * len(index)
+            e.patches = rng.integers(0, 256, (crops, n, processor.patch_dim), dtype=np.uint8)
+            e.pool_index = np.concatenate([np.where(index < 0, -1, index + i * n) for i in range(crops)])
+            e.visual_index = np.arange(visual)
+        for branch, n in enumerate([visual, *talks]):
+            e.tokens += rng.integers(0, 1000, n).tolist()
+            e.weights += [float(branch > 0 and i > n // 3) for i in range(n)]
+            e.positions += range(visual, visual + n) if branch else range(n)
+            e.branches, e.tasks = e.branches + [branch] * n, e.tasks + [0] * n
+        return e
+
+    def row():
+        k, room, out = settings['pooling'], settings['seq_len'], []
+        seen = len(windows(processor.grid, k))
+        if not settings['packing']:
+            return [example(1, processor.grid, k, [(room - seen) // 4] * 3 + [room - seen - (room - seen) // 4 * 3])]
+        per_frame = len(windows(processor.frame_grid, settings['video_pooling']))
+        frames = min(settings['max_frames'], (room - 200) // per_frame)
+        out.append(example(frames, processor.frame_grid, settings['video_pooling'], [120, 40, 40]))
+        while (left := room - sum(len(e.tokens) for e in out)) > seen + 180:
+            out.append(example(1, processor.grid, k, [120, 40, 20]))
+        return out + [example(0, None, 0, [left])]
+    return [row() for _ in range(settings['batch_size'])]
+
+
+def dense(document_ids, branch_ids):
+    b, i = torch.zeros((), dtype=torch.long), torch.arange(document_ids.shape[1], device=document_ids.device)
+    return mask_rule(document_ids, branch_ids)(b, None, i[:, None], i)[None, None]               # [1, 1, L, L]
+
+
+def bench_step(settings, repeats, seed):
+    """A config's training step, by train.py's own functions, and the attention of its rows beside a dense mask."""
+    vars(train).update(settings, settings=settings)
+    dev, model = pick_device(settings['device']), train.set_trained(planned_model(settings))
+    amp, p = pick_dtype(settings['dtype'], dev), model.config.vision.patch_size
+    model.to(pick_dtype(settings['master_dtype'], dev)).to_empty(device=dev)
+    model.set_buffers(dev)
+    model.init_weights(seed)
+    for block in model.train().blocks() if settings['compile'] else ():
+        block.compile()
+    optimizers = train.make_optimizers(model)
+    processor = SimpleNamespace(pad=0, patch_dim=3 * p * p, grid=(settings['image_size'] // p,) * 2,
+                                frame_grid=(settings['video_size'] // p,) * 2)
+    rows = made_up_rows(settings, processor, np.random.default_rng(seed))
+    batch = train.to_device(collate(rows, processor, settings['seq_len']), dev)
+    autocast = torch.autocast(dev.type, amp, enabled=amp != torch.float32)
+
+    def step():
+        loss, _ = train.backward(model, model, [batch], autocast)
+        train.step_optimizers(optimizers, 0)
+        return loss.item()
+    (seconds,), (loss,) = interleave([step], repeats)
+    speed, peak = train.flops(model, batch) / seconds, train.peak_flops(dev)
+    print(f"{settings['out_dir']}: {len(rows)} rows of {settings['seq_len']:,} tokens in {str(amp)[6:]}, recompute "
+          f"{settings['recompute']}, compile {settings['compile']}: {seconds:.3f} s a step, {batch['n_tokens'] / seconds:,.0f} "
+          f"tokens/s, {speed / 1e12:.2f} TFLOP/s" + (f', MFU {speed / peak:.1%}' if peak else '') + f'; loss {loss:.3f}')
+    patches = sum(batch[x].shape[0] * batch[x].shape[1] for x in ('patches', 'frames') if x in batch)
+    memory = memory_estimate(model, len(rows), settings['seq_len'], settings['recompute'], amp, patches / len(rows))
+    print('memory: ' + (f'peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, ' if dev.type == 'cuda' else '')
+          + 'estimated ' + ', '.join(f'{k} {v / 1e9:.2f}' for k, v in memory.items()) + ' GB', flush=True)
+
+    t, ids = model.config.language, [batch[x][:1] for x in ('document_ids', 'branch_ids')]
+    del model, optimizers
+    masks = [make_mask(*ids) if dev.type == 'cuda' else Segments(*ids), dense(*ids)]
+    qkv = [torch.randn(1, n, settings['seq_len'], t.head_dim, device=dev, dtype=amp, requires_grad=True)
+           for n in (t.num_heads, t.num_kv_heads, t.num_kv_heads)]
+
+    def attend(mask):
+        out = attention(*qkv, mask)
+        return [x.sum().item() for x in (out, *torch.autograd.grad(out, qkv, torch.ones_like(out)))]
+    seconds, sums = interleave([lambda m=m: attend(m) for m in masks], repeats)
+    print(f"attention of one row, forward and backward: {'FlexAttention' if dev.type == 'cuda' else 'by segments'} "
+          f'{seconds[0] * 1e3:.1f} ms, SDPA with a dense mask {seconds[1] * 1e3:.1f} ms, {seconds[1] / seconds[0]:.1f} times as '
+          f'long; sums {sums[0][0]:.4g} and {sums[1][0]:.4g}')
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--against', choices=['transformers'])
     parser.add_argument('--data', action='store_true', help='reading pictures and videos, nothing else')
     parser.add_argument('--packing', metavar='CONFIG', help='how full rows are, and what that is worth')
+    parser.add_argument('--step', metavar='CONFIG', help='a training step at full size')
     parser.add_argument('--size', default='tiny,small')
     parser.add_argument('--what', default='train,generate')
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--threads', type=int, default=0, help="0: torch's own choice")
     parser.add_argument('--seed', type=int, default=0)
     args, settings = parser.parse_known_args()
-    if settings and not args.packing:
+    if settings and not (args.packing or args.step):
         parser.error(f'unknown argument {settings[0]}')
     for value, known in ((args.size, SIZES), (args.what, ('train', 'generate'))):
         if unknown := [x for x in value.split(',') if x not in known]:
@@ -339,10 +428,12 @@ def main():
     if args.against:
         import transformers
         version = f', transformers {transformers.__version__}'
-    print(f"{processor()}; {torch.get_num_threads()} threads{'' if args.packing else ', float32'}; "
+    print(f"{processor()}; {torch.get_num_threads()} threads{'' if args.packing or args.step else ', float32'}; "
           f"torch {torch.__version__}{version}; commit {commit()}; median of {args.repeats}, in turns")
     if args.data:
         return bench_data(args.repeats)
+    if args.step:
+        return bench_step(configure(train_settings(), [args.step, *settings]), args.repeats, args.seed)
     if args.packing:
         return bench_packing(configure(train_settings(), [args.packing, *settings]), args.repeats, args.seed)
     row(['size', 'what', 'ours, tokens/s', 'theirs' if args.against else 'time', 'ratio', 'check'])

@@ -11,8 +11,12 @@ torchrun starts the processes and numbers them; each rank has one device. With e
 All three give the gradients that one process would have (train.py divides by the weight of all rows together), and
 the attention inside a shared row is exact (model.py, Ulysses).
 """
+import json
+import math
 import os
 import sys
+import threading
+import time
 
 import torch
 import torch.distributed as dist
@@ -92,6 +96,50 @@ def shard(model, hybrid, dtype, reshard, offload):
     fully_shard(model, **how)
 
 
+class Watchdog(threading.Thread):
+    """In a hang all ranks wait for one, and only where that one is tells why. After `patience` seconds without
+    progress the first rank that can still speak prints, once, where each is."""
+
+    def __init__(self, patience):
+        super().__init__(daemon=True)
+        self.patience, self.over = patience, threading.Event()
+        self.at('starting')
+        if world_size > 1:
+            self.store = dist.distributed_c10d._get_default_store()
+            self.beat()
+            self.start()
+
+    def at(self, place, rows=()):
+        """The training loop says where it is, and which rows it is at."""
+        self.now = (place, time.time(), [str(r) for r in rows])
+
+    def beat(self):
+        self.store.set(f'place {rank}', json.dumps((time.time(), *self.now)))
+
+    def run(self):
+        told = None
+        while not self.over.wait(self.patience / 4):
+            try:
+                self.beat()
+                if self.now is told or time.time() - self.now[1] < self.patience:
+                    continue
+                places = [json.loads(self.store.get(f'place {r}')) for r in range(world_size)]
+            except RuntimeError:             # rank 0 and its store are gone: torchrun says so
+                return
+            told, now = self.now, time.time()
+            silent = {r for r, (beat, *_) in enumerate(places) if now - beat > self.patience}
+            if rank != min({*range(world_size)} - silent):
+                continue
+            groups = {}
+            for r, (_, place, since, rows) in enumerate(places):
+                groups.setdefault((place, r in silent), []).append((r, now - since, rows))
+            for (place, quiet), members in sorted(groups.items(), key=lambda g: -len(g[1])):
+                ranks, seconds, rows = zip(*members)
+                print(f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}: {place} for "
+                      f"{max(seconds):.0f} s{', does not answer' if quiet else ''}"
+                      + (f", with {' '.join(rows[0])}" if rows[0] else ''), file=sys.stderr, flush=True)
+
+
 def main():
     """Does it fit? Memory of a device by the number of devices."""
     from configurator import configure, train_settings
@@ -106,6 +154,16 @@ def main():
     for n in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         row = [*need(n, 1).values(), *(need(n, cp)['total'] if cp <= n else None for cp in (2, 4, 8))]
         print(f'{n:>7}  ' + '  '.join(f'{b / 1e9:{len(name)}.1f}' for name, b in zip(head, row) if b is not None))
+
+    t = model.config.language
+    print(f"\nOne row shared by cp devices that hold the weights together. MB: what each sends in a layer's forward pass, "
+          f"and again in its backward pass\n\n{'row':>9}{'cp':>4}{'tokens each':>13}{'GB each':>9}{'MB':>7}")
+    for length in (seq_len, 4 * seq_len):
+        for n in (n for n in (1, 2, 4, 8, 16) if not t.num_heads % n):
+            kv_heads = t.num_kv_heads * n // math.gcd(t.num_kv_heads, n)           # repeated until n divides them
+            sent = (2 * t.num_heads + 2 * kv_heads) * t.head_dim * 2 * length / n * (n - 1) / n
+            memory = memory_estimate(model, 1, length, recompute, patches=patches * length // seq_len, shards=n, cp=n)
+            print(f"{length:>9,}{n:>4}{length // n:>13,}{memory['total'] / 1e9:>9.1f}{sent / 1e6:>7.0f}")
 
 
 if __name__ == '__main__':

@@ -27,7 +27,7 @@ from pathlib import Path
 from queue import Queue
 
 # -- what
-out_dir = 'out/stage1'
+out_dir = 'out/stage1'         # or a URL, s3://bucket/run: written to out/s3/bucket/run here, then copied (fsspec)
 init_from = ''                 # checkpoint folder to start from: ours, llava or molmo2; '' builds from the next lines
 recipe = 'nano'                # nano | molmo2 (model.py, Config)
 vision = 'openai/clip-vit-large-patch14-336'   # a name in model.py's table, or a dict of sizes
@@ -93,6 +93,7 @@ offload = False                # fsdp, hsdp: weights, gradients and moments wait
 threads = 0                    # CPU threads of torch; 0: the cores, shared among the processes of this machine
 compile = False
 recompute = 0                  # n: every n-th block is computed again in the backward pass instead of kept
+memory_budget = 1.0            # with compile: share of a block's activations that is kept; the rest is computed again
 seed = 1337
 # -- keeping track
 log_interval = 10              # steps between reads of the device; every step is in metrics.jsonl all the same
@@ -100,6 +101,7 @@ eval_interval = 1000           # steps between validation losses; 0 never
 eval_batches = 20
 save_interval = 5000
 keep = 3                       # checkpoints kept; 0 keeps all
+hang_after = 300               # seconds without progress after which several processes say where each of them is
 profile_steps = ()             # (first, last): a trace of these steps in out_dir/trace-rank0.json, for ui.perfetto.dev
 tensorboard = False            # if installed
 wandb_project = ''             # if installed
@@ -110,6 +112,11 @@ if __name__ == '__main__':
     from configurator import configure
     settings = configure(globals())    # before torch loads: a typo is answered at once
 
+remote = out_dir if '://' in out_dir else ''
+if remote:
+    out_dir = f"out/{remote.replace('://', '/')}"
+
+import fsspec  # noqa: E402       torch brings it
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.distributed.checkpoint as dcp  # noqa: E402
@@ -122,7 +129,8 @@ from data import (TASKS, Dataset, Loader, Mixture, Processor, deal_out, mixture_
 from model import (UserError, VLM, copy_tensors, from_hf, full_row_patches, layout, load_weights,  # noqa: E402
                    make_config, memory_estimate, newest, part_table, pick_device, pick_dtype, planned_model, read_json,
                    whole, write_model)
-from parallel import from_rank_0, gather, rank, row_group, shard, start, sum_over_ranks, world_size  # noqa: E402
+from parallel import (Watchdog, from_rank_0, gather, local_world_size, rank, row_group, shard, start, sum_over_ranks,  # noqa: E402
+                      world_size)
 
 
 warnings.filterwarnings('ignore', message='torch.distributed is disabled')      # dcp, in a run of one process
@@ -304,6 +312,10 @@ PEAK = {'A100': 312e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12, 'B2
         'L4': 121e12, 'A10': 125e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
 
 
+def peak_flops(dev):
+    return next((p for name, p in PEAK.items() if dev.type == 'cuda' and name in torch.cuda.get_device_name()), None)
+
+
 def flops(model, micro):
     """Floating-point operations of a training step on this batch, vision, decoder and attention by true lengths.
 
@@ -420,6 +432,8 @@ class Saver:
                 processor.save(temporary)
                 torch.save(state, temporary / 'train_state' / 'state.pt')
                 publish(temporary, folder)
+                if remote:
+                    upload(folder)
         self.writing, self.step = self.worker.submit(finish), step
 
     def wait(self):
@@ -485,8 +499,56 @@ def damage(folder):
         return str(e)
 
 
+def upload(folder):
+    """Copies a checkpoint and the logs to the URL; its files.json last, which says that the others are there."""
+    try:
+        fs, root = fsspec.url_to_fs(remote)
+        there, index = f'{root}/{folder.name}', 'train_state/files.json'
+        names = list(json.loads((folder / index).read_text()))
+        fs.makedirs(f'{there}/train_state', exist_ok=True)
+        fs.put([str(folder / name) for name in names], [f'{there}/{name}' for name in names])
+        fs.put_file(str(folder / index), f'{there}/{index}')
+        for name in ('metrics.jsonl', 'skipped.jsonl', 'latest'):
+            fs.put_file(str(folder.parent / name), f'{root}/{name}')
+        for old in sorted(fs.glob(f'{root}/step*'))[:-keep] if keep else []:
+            fs.rm(old, recursive=True)
+    except Exception as e:                   # whatever a file system somewhere else may raise
+        raise OSError(f'{folder} is whole, but could not be copied to {remote}: {e}') from e
+
+
+def fetch():
+    """Brings the newest whole checkpoint at the URL to a machine that has none or an older one, or the other way round."""
+    try:
+        fs, root = fsspec.url_to_fs(remote)
+        fs.makedirs(root, exist_ok=True)
+        listed = sorted(fs.glob(f'{root}/step*/train_state/files.json'), reverse=True)
+        here, last = Path(out_dir), newest(out_dir)
+        has = last.name if last != here else ''
+        if has and not any(f'/{has}/' in path for path in listed) and not damage(last):
+            upload(last)
+        for path in listed:
+            folder, there = here / path.split('/')[-3], path.removesuffix('/train_state/files.json')
+            if folder.name <= has:
+                return
+            names = [name for name in json.loads(fs.cat_file(path)) if '..' not in name and not name.startswith('/')]
+            (folder / 'train_state').mkdir(parents=True, exist_ok=True)
+            fs.get([f'{there}/{name}' for name in names], [str(folder / name) for name in names])
+            fs.get_file(path, str(folder / 'train_state' / 'files.json'))
+            if not (wrong := damage(folder)):
+                for name in ('metrics.jsonl', 'skipped.jsonl'):
+                    fs.get_file(f'{root}/{name}', str(here / name))
+                (here / 'latest').write_text(folder.name + '\n')
+                return
+            print(f'WARNING: {there} is damaged ({wrong}); trying the one before')
+            shutil.rmtree(folder)
+    except Exception as e:
+        raise UserError(f"out_dir = '{remote}': {e}") from e
+
+
 def find_checkpoint():
     """The folder that out_dir/latest names, or the newest before it that is whole; None for a new run."""
+    if remote:
+        fetch()
     latest = Path(out_dir) / 'latest'
     if not latest.exists():
         return None
@@ -554,7 +616,8 @@ def print_plan(model, dev, amp, checkpoint):
           + (f" x {world_size // cp} processes" if world_size > 1 else '')
           + (f", each with {cp - 1} more that share its rows" if cp > 1 else '') + ", at most "
           f"{rows * seq_len:,} tokens a step, {rows * max_steps:,} rows in all")
-    memory = memory_estimate(model, batch_size, seq_len, recompute, amp, full_row_patches(settings))
+    shards = {'ddp': 1, 'hsdp': local_world_size}.get(parallel, world_size)
+    memory = memory_estimate(model, batch_size, seq_len, recompute, amp, full_row_patches(settings), shards, cp)
     print('memory of full rows, estimated: ' + ', '.join(f'{k} {v / 1e9:.2f} GB' for k, v in memory.items()))
     print(f"device {dev} with {torch.get_num_threads()} threads, {str(amp)[6:]}; rows with branches: "
           + ('FlexAttention block mask' if dev.type == 'cuda' else
@@ -634,6 +697,8 @@ def main():
         step, loader_state, scaling = load_state(checkpoint, model, optimizers, train_mixture)
     scaling = torch.tensor(scaling, device=dev)
     if compile:                              # not what is around them, which differs from batch to batch
+        from torch._functorch import config as functorch
+        functorch.activation_memory_budget = memory_budget
         for block in model.blocks():
             block.compile()
     trained = distribute(model)
@@ -643,7 +708,7 @@ def main():
         shutil.rmtree(stray)
     if world_size > 1:
         dist.barrier()
-    log, saver = Log(step), Saver()
+    log, saver, watchdog = Log(step), Saver(), Watchdog(hang_after)
     skipped = open(Path(out_dir) / 'skipped.jsonl', 'a')
 
     def report(problem):
@@ -672,7 +737,7 @@ def main():
     stop, stopping = [], False                             # a signal asks; the loop answers after the step
     for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(sig, lambda *_: stop.append(True))
-    peak = next((p for name, p in PEAK.items() if dev.type == 'cuda' and name in torch.cuda.get_device_name()), None)
+    peak = peak_flops(dev)
     nonfinite = torch.zeros(2, device=dev)                 # in a row, in all
     bar = tqdm(total=max_steps, initial=step, unit='step', disable=True if rank else None)
     started = clock = time.perf_counter()
@@ -682,11 +747,13 @@ def main():
         if profiler and step == profile_steps[0] - 1:
             profiler.start()
         waiting = time.perf_counter()
+        watchdog.at(f'reading rows for step {step + 1}')
         micros = []
         for _ in range(accumulation):
             batch, loader_state = next(batches)
             micros.append(batch)
         waited = time.perf_counter() - waiting
+        watchdog.at(f'in step {step + 1}', [r for m in micros for r in m['rows']])
         scale = scaling[0] if amp == torch.float16 else 1.
         loss, sums = backward(model, trained, micros, autocast, scale)
         norm, bad = step_optimizers(optimizers, step, scale)
@@ -732,16 +799,20 @@ def main():
                                 f"are those of before. Lower learning_rate or use dtype = 'float32'; the last step's "
                                 f"rows are in {out_dir}/nonfinite_rows.json")
         if held_out and (step % eval_interval == 0 or step == max_steps):
+            watchdog.at('at the validation sets')
             result = evaluate(model, make_loader, dev, autocast)
             log.add({'step': step, **{f'validation/{k}': v for k, v in result.items()}})
             log.flush()
             tqdm.write(f'step {step}: validation ' + ', '.join(f'{k} {v:.3f}' for k, v in result.items()))
             clock = time.perf_counter()
         if step % save_interval == 0 or step == max_steps or stopping:
+            watchdog.at('copying the checkpoint')
             saver.save(step, model, processor, optimizers, {'loader': loader_state, 'rng': torch.get_rng_state(),
                                                             'scaling': scaling.tolist()})
             clock = time.perf_counter()
+    watchdog.at('writing the last checkpoint')
     lost = saver.wait()
+    watchdog.over.set()
     bar.close()
     print(f"{'stopped' if stopping else 'done'} at step {step} after {(time.perf_counter() - started) / 60:.1f} minutes; "
           f"{out_dir}/step{step:06d}" if step else 'nothing to do')

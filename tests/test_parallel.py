@@ -3,6 +3,7 @@ import json
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch._functorch import config as functorch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from data import Example, collate, share_rows  # noqa: E402
-from model import VLM, held, make_config, whole  # noqa: E402
+from model import VLM, held, make_config, rotary_table, saved_bytes, whole  # noqa: E402
 
 VISION = dict(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, image_size=32, patch_size=8,
               feature_layers=(-1,))
@@ -186,6 +188,47 @@ def test_sharing_a_row_costs_as_the_formula_says_and_saves_memory(tmp_path):
         assert both == 2 * forward
     print('bytes kept for the backward pass', kept)
     assert kept[1] > 1.8 * kept[2] and kept[1] > 3.2 * kept[4]         # measured
+
+
+def test_a_memory_budget_keeps_less_of_a_compiled_block():
+    kept = {}
+    for budget in (1., .2):
+        torch._dynamo.reset()
+        with functorch.patch(activation_memory_budget=budget):
+            block = build().language_model.layers[0]
+            block.compile(backend='aot_eager_decomp_partition')        # inductor's partition without its compiler
+            x, positions = torch.randn(1, 64, 48, requires_grad=True), torch.arange(64)[None]
+            kept[budget] = saved_bytes(block, x, rotary_table(positions, 8, 1e6), 'causal')
+    print('bytes kept of a block', kept)
+    assert kept[.2] < .6 * kept[1.]
+
+
+def _stuck(rank, folder):
+    """Rank 1 reads on and on; rank 0 says so. Then rank 0 falls silent, and rank 1 says that."""
+    import parallel
+    told = [folder / f'{r}.txt' for r in range(2)]
+    sys.stderr = open(told[rank], 'w')
+    dog = parallel.Watchdog(.4)
+    dog.at(*(('reading rows for step 7',) if rank else ('in step 7', ['shapes:3'])))
+    dist.barrier()
+    while not told[0].read_text():
+        time.sleep(.1)
+    assert not told[1].read_text()
+    if rank == 0:
+        dog.over.set()
+    dist.barrier()
+    while rank and 'not answer' not in told[1].read_text():
+        time.sleep(.1)
+        dog.at('still in step 7')
+        time.sleep(1)
+    dog.over.set()
+
+
+def test_a_hang_is_told_with_where_each_rank_is(tmp_path):
+    launch(_stuck, 2, tmp_path)
+    first, second = ((tmp_path / f'{r}.txt').read_text() for r in range(2))
+    assert 'rank 0: in step 7 for' in first and 'with shapes:3' in first and 'rank 1: reading rows for step 7 for' in first
+    assert 'does not answer' not in first and 'rank 0: in step 7' in second
 
 
 def _compiled(rank, folder, cp):

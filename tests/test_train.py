@@ -2,6 +2,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,9 +42,9 @@ def command(world, out, *args, **settings):
     return [sys.executable, str(ROOT / 'train.py'), *args, *(f'--{k}={v}' for k, v in settings.items())]
 
 
-def run(world, out, *args, code=0, launch=(), preexec_fn=None, **settings):
+def run(world, out, *args, code=0, launch=(), preexec_fn=None, cwd=ROOT, **settings):
     python, *rest = command(world, out, *args, **settings)
-    done = subprocess.run([python, *launch, *rest], capture_output=True, text=True, cwd=ROOT, preexec_fn=preexec_fn,
+    done = subprocess.run([python, *launch, *rest], capture_output=True, text=True, cwd=cwd, preexec_fn=preexec_fn,
                           env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == code, done.stdout + done.stderr
     return done
@@ -141,6 +142,28 @@ def test_a_full_disk_costs_no_checkpoint_but_the_one_it_has_no_room_for(world, t
     assert sorted(p.name for p in out.iterdir()) == ['latest', 'metrics.jsonl', 'skipped.jsonl', 'step000004']
     run(world, out, max_steps=7)
     assert (out / 'latest').read_text().strip() == 'step000007'
+
+
+def test_a_url_keeps_the_run_when_the_machine_is_gone(world, tmp_path):
+    bucket, url = tmp_path / 'bucket/run', f'file://{tmp_path}/bucket/run'
+    machines = [tmp_path / str(i) for i in range(3)]
+    for machine in machines:
+        machine.mkdir()
+    same_run = dict(save_interval=2, keep=2, schedule='constant')
+    run(world, url, cwd=machines[0], max_steps=5, **same_run)
+    assert sorted(p.name for p in bucket.iterdir()) == ['latest', 'metrics.jsonl', 'skipped.jsonl', 'step000004', 'step000005']
+    (bucket / 'step000005/model.safetensors').write_bytes(b'half')
+    done = run(world, url, cwd=machines[1], max_steps=7, **same_run)
+    assert 'step000005 is damaged (model.safetensors' in done.stdout and 'step000004' in done.stdout
+    run(world, tmp_path / 'whole', max_steps=7, schedule='constant')
+    assert same(weights(tmp_path / 'whole'), weights(bucket)) and sorted(metrics(bucket)) == list(range(1, 8))
+    done = run(world, url, cwd=machines[0], max_steps=7, **same_run)       # has step 5 itself
+    assert 'step000007\n' in done.stdout.partition('resuming from')[2].splitlines(True)[0]
+    shutil.rmtree(bucket)                      # what the URL lacks and this machine has is copied again
+    run(world, url, cwd=machines[1], max_steps=7, **same_run)
+    assert same(weights(tmp_path / 'whole'), weights(bucket))
+    for wrong, told in (('s3://bucket/run', 'Install s3fs'), ('nowhere://run', 'Protocol not known')):
+        assert told in run(world, wrong, cwd=machines[2], code=1).stderr
 
 
 # -- the objective
