@@ -17,6 +17,8 @@ import os
 import sys
 import threading
 import time
+import uuid
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -37,9 +39,30 @@ def start(device, threads):
         if device.type == 'cuda':
             device = torch.device('cuda', local_rank)
             torch.cuda.set_device(device)
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', store=meet(), rank=rank,
+                                world_size=world_size)
         sys.stdout = open(os.devnull, 'w') if rank else sys.stdout
     return device
+
+
+def meet():
+    """The store in which ranks tell each other their addresses. After a crash torchrun hands the store of the processes
+    that died to those that it starts (pytorch/pytorch#135712); a prefix that rank 0 makes up hides what is in it."""
+    store, *_ = next(dist.rendezvous('env://'))
+    first = me = uuid.uuid4().hex
+    if not rank:
+        store.set('first', me)
+        for r in range(1, world_size):
+            store.set(f"welcome {store.get(f'{me} {r}').decode()}", '')      # waits for rank r
+    while rank:
+        first = store.get('first').decode()    # or the last attempt's, whom nobody answers
+        store.set(f'{first} {rank}', me)
+        try:
+            store.wait([f'welcome {me}'], timedelta(seconds=1))
+            break
+        except dist.DistStoreError:
+            continue
+    return dist.PrefixStore(first, store)
 
 
 def sum_over_ranks(tensor):

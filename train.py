@@ -358,9 +358,15 @@ def prefetch(batches, dev):
         yield item
 
 
-def pieces(batches):
-    """Of each batch this rank's piece, where ranks share rows."""
-    return ((share_rows(batch, rank % cp, cp), state) for batch, state in batches) if cp > 1 else batches
+def pieces(batches, group):
+    """Of each batch this rank's piece. Where ranks share rows the first of them reads, and gives each other its piece."""
+    while True:
+        mine, cut = [None], None
+        if rank % cp == 0:
+            batch, state = next(batches)
+            cut = [(share_rows(batch, i, cp), state) for i in range(cp)]
+        dist.scatter_object_list(mine, cut, rank - rank % cp, group)
+        yield mine[0]
 
 
 def to_device(batch, dev):
@@ -386,7 +392,8 @@ def evaluate(model, make_loader, dev, autocast):
     """Weighted loss and per-task losses over the first eval_batches of each rank's share of the validation sets."""
     model.eval()
     total, weight, sums = 0., 0., torch.zeros(2, len(TASKS))
-    for batch, _ in itertools.islice(pieces(make_loader('validation')), eval_batches):
+    for batch, _ in itertools.islice(make_loader('validation'), eval_batches):
+        batch = share_rows(batch, rank % cp, cp) if cp > 1 else batch
         with autocast:
             loss, nll = model(to_device(batch, dev))
         total, weight = total + loss.item(), weight + batch['total_weight']
@@ -733,7 +740,10 @@ def main():
     held_out = eval_interval and make_loader('validation')
     if eval_interval and not held_out:
         print(f'no dataset has a validation.jsonl in {data_dir}: no validation loss')
-    batches = prefetch(pieces(iter(loader)), dev)
+    batches = iter(loader)
+    if cp > 1:                               # a group of its own: a thread uses it
+        batches = pieces(batches, dist.new_subgroups(cp, backend='gloo')[0])
+    batches = prefetch(batches, dev)
     stop, stopping = [], False                             # a signal asks; the loop answers after the step
     for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(sig, lambda *_: stop.append(True))
@@ -784,7 +794,8 @@ def main():
             record['memory_gb'] = torch.cuda.max_memory_allocated() / 1e9
         log.add(record)
         bar.update()
-        if step % log_interval == 0 or step == max_steps or stopping:
+        saving = step % save_interval == 0 or step == max_steps or stopping
+        if step % log_interval == 0 or saving:
             last = log.flush()
             bar.set_postfix_str(f"loss {last['loss']:.3f} | {last['tokens_per_second']:,.0f} tok/s | "
                                 f"data {100 * waited / seconds:.0f}%")
@@ -805,7 +816,7 @@ def main():
             log.flush()
             tqdm.write(f'step {step}: validation ' + ', '.join(f'{k} {v:.3f}' for k, v in result.items()))
             clock = time.perf_counter()
-        if step % save_interval == 0 or step == max_steps or stopping:
+        if saving:
             watchdog.at('copying the checkpoint')
             saver.save(step, model, processor, optimizers, {'loader': loader_state, 'rng': torch.get_rng_state(),
                                                             'scaling': scaling.tolist()})

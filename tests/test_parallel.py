@@ -116,8 +116,8 @@ def _compare(rank, folder, layouts):
         model = build(frozen, recipe, cut, **sizes)
         model.group = parallel.row_group(cp, model.config.language.num_heads)
         rows = batches(world // cp * accumulation)[rank // cp::world // cp]
-        loss, _ = train.backward(model, train.distribute(model), [b for b, _ in train.pieces((b, 0) for b in rows)],
-                                 torch.enable_grad())
+        rows = [share_rows(b, rank % cp, cp) if cp > 1 else b for b in rows]
+        loss, _ = train.backward(model, train.distribute(model), rows, torch.enable_grad())
         worst = 0.
         for name, p in model.named_parameters():
             if p.requires_grad:

@@ -42,9 +42,9 @@ def command(world, out, *args, **settings):
     return [sys.executable, str(ROOT / 'train.py'), *args, *(f'--{k}={v}' for k, v in settings.items())]
 
 
-def run(world, out, *args, code=0, launch=(), preexec_fn=None, cwd=ROOT, **settings):
-    python, *rest = command(world, out, *args, **settings)
-    done = subprocess.run([python, *launch, *rest], capture_output=True, text=True, cwd=cwd, preexec_fn=preexec_fn,
+def run(world, out, *args, code=0, launch=(), preexec_fn=None, cwd=ROOT, script=ROOT / 'train.py', **settings):
+    python, _, *rest = command(world, out, *args, **settings)
+    done = subprocess.run([python, *launch, script, *rest], capture_output=True, text=True, cwd=cwd, preexec_fn=preexec_fn,
                           env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == code, done.stdout + done.stderr
     return done
@@ -164,6 +164,29 @@ def test_a_url_keeps_the_run_when_the_machine_is_gone(world, tmp_path):
     assert same(weights(tmp_path / 'whole'), weights(bucket))
     for wrong, told in (('s3://bucket/run', 'Install s3fs'), ('nowhere://run', 'Protocol not known')):
         assert told in run(world, wrong, cwd=machines[2], code=1).stderr
+
+
+def test_torchrun_starts_a_killed_run_again(world, tmp_path):
+    """A rank dies of SIGKILL, once; both processes come back by themselves and go on from the checkpoint."""
+    (tmp_path / 'dies.py').write_text(
+        "import os, pathlib, runpy, signal, sys, torch\n"
+        f"n, mark, step = [0], pathlib.Path({str(tmp_path / 'died')!r}), torch.optim.AdamW.step\n"
+        "def counted(self, *a, **k):\n"
+        "    n[0] += 1\n"
+        "    if os.environ['RANK'] == '1' and n[0] == 13 and not mark.exists():      # an AdamW for each of three parts\n"
+        "        mark.touch()\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return step(self, *a, **k)\n"
+        "torch.optim.AdamW.step = counted\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', '--max-restarts=1']
+    same_run = dict(max_steps=7, save_interval=2, batch_size=1)
+    done = run(world, tmp_path / 'out', script=tmp_path / 'dies.py', launch=torchrun, **same_run)
+    assert 'resuming from' in done.stdout and (tmp_path / 'died').exists()
+    run(world, tmp_path / 'whole', launch=torchrun, **same_run)
+    assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'out'))
+    assert sorted(metrics(tmp_path / 'out')) == list(range(1, 8))
 
 
 # -- the objective
