@@ -37,7 +37,7 @@ import train
 from configurator import configure, train_settings
 from data import Example, Rows, collate, make_processor, next_row, open_mixture, windows
 from media import load_image, load_video
-from model import (VLM, Segments, UserError, attention, make_config, make_mask, mask_rule, memory_estimate, pick_device,
+from model import (VLM, Segments, UserError, attention, compile_blocks, make_config, make_mask, mask_rule, memory_estimate, pick_device,
                    pick_dtype, planned_model, save_model)
 
 SIZES = {   # a ViT and a decoder from scratch; `tiny` is near the demo's, `small` the largest that a laptop trains
@@ -367,9 +367,9 @@ def bench_step(settings, repeats, seed):
     model.to(pick_dtype(settings['master_dtype'], dev)).to_empty(device=dev)
     model.set_buffers(dev)
     model.init_weights(seed)
-    for block in model.train().blocks() if settings['compile'] else ():
-        block.compile()
-    optimizers = train.make_optimizers(model)
+    if settings['compile']:
+        compile_blocks(model)
+    optimizers = train.make_optimizers(model.train())
     processor = SimpleNamespace(pad=0, patch_dim=3 * p * p, grid=(settings['image_size'] // p,) * 2,
                                 frame_grid=(settings['video_size'] // p,) * 2)
     rows = made_up_rows(settings, processor, np.random.default_rng(seed))

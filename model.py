@@ -34,7 +34,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -212,6 +211,8 @@ def make_mask(document_ids, branch_ids, visual=None):
     B, L = document_ids.shape
     sees = mask_rule(document_ids, branch_ids, visual)
     if document_ids.is_cuda:
+        global _flex_attention
+        _flex_attention = _flex_attention or torch.compile(flex_attention)
         return create_block_mask(sees, B, None, L, L, device=document_ids.device, _compile=True)
     b, i, j = torch.arange(B)[:, None, None], torch.arange(L)[:, None], torch.arange(L)
     return sees(b, None, i, j)[:, None]                                                          # [B, 1, L, L]
@@ -275,7 +276,6 @@ class Segments:
             base += queries.size
         self.place = torch.from_numpy(self.place)          # [B L], where each token's result stands in the pieces
 
-    @torch.compiler.disable                                # other pieces in every batch
     def attend(self, query, key, value):
         """As `attention`; query [B, heads, L, D], key and value [B, kv heads, L, D]."""
         flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]                    # [B L, heads, D]
@@ -344,7 +344,6 @@ class Ulysses:
     mask: object                           # of the whole rows: whatever `attention` takes
     group: object                          # a process group
 
-    @torch.compiler.disable                                # what it calls compiles itself
     def attend(self, query, key, value):
         """As `attention`; query [B, heads, L / N, D], key and value [B, kv heads, L / N, D] of this rank's tokens."""
         N = self.group.size()
@@ -359,7 +358,7 @@ class Ulysses:
         return AllToAll.apply(x, self.group).transpose(0, 1).flatten(1, 2)
 
 
-_flex_attention = torch.compile(flex_attention)  # compiles at its first call, which only CUDA makes
+_flex_attention = None                       # compiled for the first mask on CUDA: torch's compiler takes seconds to load
 
 
 def attention(query, key, value, mask):
@@ -393,7 +392,6 @@ ACTIVATION = {
 }
 
 
-@torch.compiler.disable                    # other numbers of crops in every batch
 def crop_attention(query, key, value, shapes):
     """Attention inside each crop. query, key, value [T, heads, d] of all; shapes [(N, P), ..]: first N crops of P tokens
     each, then others."""
@@ -919,6 +917,15 @@ class VLM(nn.Module):
             hidden = self.language_model(self.language_model.embed_tokens(token[:, None]), position, mask, cache)
 
 
+def compile_blocks(model, **how):
+    """Compiles each block. Not what is around them, nor attention in pieces: both differ from batch to batch, or compile
+    what they call themselves."""
+    for owner, name in ((Segments, 'attend'), (Ulysses, 'attend'), (sys.modules[__name__], 'crop_attention')):
+        setattr(owner, name, torch.compiler.disable(getattr(owner, name)))
+    for block in model.blocks():
+        block.compile(**how)
+
+
 def sample(logits, temperature, top_k, top_p, generator):
     """logits [B, V] -> token ids [B]. top_p: the smallest set of tokens whose probability reaches it."""
     if temperature == 0:
@@ -1056,7 +1063,7 @@ def load_weights(model, folder, only=''):
 
 def held(p):
     """(the rows of a parameter that this process holds, the first one's number): all, or FSDP's share."""
-    if not isinstance(p, DTensor):
+    if not hasattr(p, 'full_tensor'):        # a DTensor, whose module takes a second to load
         return p, 0
     dim = next(i for i, placement in enumerate(p.placements) if placement.is_shard())
     rows = -(-len(p) // p.device_mesh.size(dim))           # as torch.chunk deals them out: the last may get none
@@ -1222,7 +1229,7 @@ def _from_molmo2(hf):
 
 def whole(p):
     """A parameter, gradient or norm as one tensor; of a sharded one all ranks must ask together."""
-    return p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
+    return p.detach().full_tensor() if hasattr(p, 'full_tensor') else p.detach()
 
 
 def disk_tensors(model):

@@ -23,7 +23,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from model import UserError, full_row_patches, memory_estimate, planned_model
 
@@ -107,6 +106,7 @@ def shard(model, hybrid, dtype, reshard, offload):
     not run it to keep the others company. reshard: a block's weights go after its forward pass and come again for the
     backward (FULL_SHARD); else they stay in between (SHARD_GRAD_OP).
     """
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
     n = local_world_size if hybrid else world_size
     mesh = init_device_mesh(_device_type(), (world_size // n, n), mesh_dim_names=('copies', 'shards'))
     tower = list(model.vision_tower.parameters())

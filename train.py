@@ -119,14 +119,12 @@ if remote:
 import fsspec  # noqa: E402       torch brings it
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-import torch.distributed.checkpoint as dcp  # noqa: E402
-from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from data import (TASKS, Dataset, Loader, Mixture, Processor, deal_out, mixture_sets, mixture_table,  # noqa: E402
                   open_mixture, processor_settings, share_rows)
-from model import (UserError, VLM, copy_tensors, from_hf, full_row_patches, layout, load_weights,  # noqa: E402
+from model import (UserError, VLM, compile_blocks, copy_tensors, from_hf, full_row_patches, layout, load_weights,  # noqa: E402
                    make_config, memory_estimate, newest, part_table, pick_device, pick_dtype, planned_model, read_json,
                    whole, write_model)
 from parallel import (Watchdog, from_rank_0, gather, local_world_size, rank, row_group, shard, start, sum_over_ranks,  # noqa: E402
@@ -423,6 +421,7 @@ class Saver:
 
     def save(self, step, model, processor, optimizers, place):
         """place: where this rank is in its data and its random numbers."""
+        import torch.distributed.checkpoint as dcp         # a second to load
         self.wait()
         folder = Path(out_dir) / f'step{step:06d}'
         temporary = folder.with_name(f'.{folder.name}.tmp')
@@ -447,6 +446,7 @@ class Saver:
         """Until the last checkpoint is written; True if it could not be, which is told: training goes on."""
         if not self.writing:
             return False
+        from torch.distributed.checkpoint.api import CheckpointException
         try:
             self.writing.result()
         except (Exception, CheckpointException) as e:      # a full disk above all; whatever it is, the run is worth more
@@ -575,6 +575,7 @@ def moved(optimizers):
 def load_state(folder, model, optimizers, rows):
     """Restores moments and random state; returns (step, this rank's loader state, its scaling). Another number of ranks
     than before shares out the rows that are still to come."""
+    import torch.distributed.checkpoint as dcp
     state = torch.load(folder / 'train_state' / 'state.pt', weights_only=True, map_location='cpu')
     if state['moved'] != moved(optimizers):
         raise UserError(f"{folder} was trained with other parts or another optimizer. Set train_vision, train_connector, "
@@ -703,11 +704,10 @@ def main():
     if checkpoint:
         step, loader_state, scaling = load_state(checkpoint, model, optimizers, train_mixture)
     scaling = torch.tensor(scaling, device=dev)
-    if compile:                              # not what is around them, which differs from batch to batch
+    if compile:
         from torch._functorch import config as functorch
         functorch.activation_memory_budget = memory_budget
-        for block in model.blocks():
-            block.compile()
+        compile_blocks(model)
     trained = distribute(model)
 
     Path(out_dir).mkdir(parents=True, exist_ok=True)

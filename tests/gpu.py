@@ -57,8 +57,7 @@ def test_narrow_products_give_nearly_the_loss(dtype):
 
 def test_compiled_blocks_give_the_loss_and_are_compiled_once():
     plain, model = moved(build()), moved(build())
-    for block in model.blocks():
-        block.compile()
+    m.compile_blocks(model)
     for i in range(9):
         row = train.to_device(collate([[tree(5 * i + k, k % 3 + (k == i % 5), frames=k == 3) for k in range(5)]],
                                       PROCESSOR, 200), DEVICE)

@@ -12,12 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch._functorch import config as functorch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from data import Example, collate, share_rows  # noqa: E402
-from model import VLM, held, make_config, rotary_table, saved_bytes, whole  # noqa: E402
+from model import VLM, compile_blocks, held, make_config, rotary_table, saved_bytes, whole  # noqa: E402
 
 VISION = dict(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, image_size=32, patch_size=8,
               feature_layers=(-1,))
@@ -191,6 +190,7 @@ def test_sharing_a_row_costs_as_the_formula_says_and_saves_memory(tmp_path):
 
 
 def test_a_memory_budget_keeps_less_of_a_compiled_block():
+    from torch._functorch import config as functorch
     kept = {}
     for budget in (1., .2):
         torch._dynamo.reset()
@@ -236,8 +236,7 @@ def _compiled(rank, folder, cp):
     import parallel
     plain, vlm = build(), build()
     vlm.group = parallel.row_group(cp, 4)
-    for block in vlm.blocks():
-        block.compile(backend='aot_eager')         # inductor would only take longer: the guards are the same
+    compile_blocks(vlm, backend='aot_eager')       # inductor would only take longer: the guards are the same
     for i in range(9):
         trees = [tree(5 * i + k, k % 3 + (k == i % 5), frames=k == 3) for k in range(5)]
         row = collate([trees], PROCESSOR, 200)
