@@ -443,7 +443,7 @@ class Processor:
                 body = self.encode(self.answer(message, task, times)) + [self.im_end]
                 w = base / len(body) ** .5 if self.length_weighting else base
             else:
-                text = message['content']
+                text = self.answer(message, 'pointing')    # one may ask about a point
                 body, w = [*(self.short if len(text) < 200 else self.encode)(text), self.im_end], 0.
             ids, weights = ids + head + body, weights + [0.] * len(head) + [w] * len(body)
         return ids, weights, TASKS.index(task) if task in TASKS else TASKS.index('other')

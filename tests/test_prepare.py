@@ -1,0 +1,306 @@
+"""From a hub to folders that train.py reads, with what goes wrong on the way."""
+import csv
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'prepare')]
+import download  # noqa: E402
+from convert import CONVERTERS  # noqa: E402
+from hub import Hub  # noqa: E402
+
+from data import Dataset, normalise  # noqa: E402
+from media import BadRow, load_image, load_video, open_media  # noqa: E402
+
+FIELDS = 'name stages task group rate hub config split validation examples style converter media automatic instructions'.split()
+
+
+def jpeg(i, size=(40, 30)):
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(out, 'JPEG')
+    return out.getvalue()
+
+
+def table(path, *entries):
+    with open(path, 'w', newline='') as f:
+        w = csv.DictWriter(f, FIELDS, restval='')
+        w.writeheader()
+        w.writerows({'stages': '1', 'split': 'train', 'automatic': 'yes', 'media': 'urls', **e} for e in entries)
+    return path
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with Hub(tmp_path / 'hub') as hub:
+        yield hub
+
+
+def store(hub, repo, name, rows, card=None):
+    path = hub.folder / 'datasets' / repo / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if name.endswith('.parquet'):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=50)
+    else:
+        path.write_text('\n'.join(map(json.dumps, rows)))
+    hub.cards[repo] = card
+
+
+def command(hub, tmp_path, *args):
+    return [sys.executable, str(ROOT / 'prepare/download.py'), '--table', str(tmp_path / 'table.csv'), '--out',
+            str(tmp_path / 'data'), *args]
+
+
+def environment(hub, tmp_path):
+    return {**os.environ, 'HF_ENDPOINT': hub.url, 'HF_HOME': str(tmp_path / 'cache'), 'HF_HUB_DISABLE_XET': '1',
+            'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'OMP_NUM_THREADS': '1'}
+
+
+def run(hub, tmp_path, *args, code=0):
+    done = subprocess.run(command(hub, tmp_path, *args), capture_output=True, text=True, env=environment(hub, tmp_path))
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def records(folder, split='train'):
+    return [json.loads(line) for line in (folder / f'{split}.jsonl').read_text().splitlines()]
+
+
+# -- the table
+
+def test_every_line_of_the_table_can_be_followed():
+    entries = list(csv.DictReader(open(ROOT / 'prepare/datasets.csv', newline='')))
+    assert list(entries[0]) == FIELDS and len({e['name'] for e in entries}) == len(entries)
+    assert sum('eval' not in e['stages'] for e in entries) >= 90
+    for e in entries:
+        assert e['automatic'] in ('yes', 'manual') and e['split'] and e['stages'], e['name']
+        if e['automatic'] == 'yes':
+            assert e['converter'] in CONVERTERS and e['hub'].count('/') == 1, e['name']
+            assert e['media'] in ('urls', 'embedded', 'none') or all(
+                x.startswith(('hub:', 'http')) for x in e['media'].split()), e['name']
+        else:
+            assert 'source/' in e['instructions'] or 'no converter' in e['instructions'], e['name']
+            assert e['converter'] in CONVERTERS or 'no converter' in e['instructions'], e['name']
+
+
+# -- media that are fine and media that are not
+
+def test_what_a_server_can_do_to_a_picture(hub):
+    hub.media['a.jpg'] = data = jpeg(0)
+    fetcher = download.Fetcher(deadline=2., pause=.05, cap=.2)
+    assert all(fetcher.get(f'{hub.url}/media/{how}/a.jpg') == data for how in ('fine', 'busy', 'broken'))
+
+    def why(how, **more):
+        with pytest.raises(BadRow) as e:
+            download.Fetcher(**{'deadline': 2., 'pause': .05, 'cap': .2, **more}).get(f'{hub.url}/media/{how}/a.jpg')
+        return e.value.reason
+    start = time.monotonic()
+    assert why('angry') == 'HTTP 429' and time.monotonic() - start < 30       # and not a day
+    assert why('gone') == 'HTTP 404' and hub.asked['/media/gone/a.jpg'] == 1
+    assert why('cut') == 'cut short' and hub.asked['/media/cut/a.jpg'] == 4
+    assert why('slow', deadline=.5) == 'too slow' and why('fine', max_bytes=100) == 'too many bytes'
+    for url, reason in (('http://localhost:1/a.jpg', 'no answer'), ('http://[', 'not a URL'), ('file:///etc/passwd', 'not a URL')):
+        with pytest.raises(BadRow) as e:
+            fetcher.get(url)
+        assert e.value.reason in (reason, 'no answer')
+
+
+def test_content_is_looked_at_and_not_its_name(hub):
+    assert download.look(jpeg(0), False)[1:] == ('jpg', (40, 30))
+    for data, reason in ((b'<!DOCTYPE html>', 'a web page'), (b'', 'not a picture or video'), (b'GIF89a', 'unreadable media'),
+                         (jpeg(0)[:-200], 'unreadable media')):
+        with pytest.raises(BadRow) as e:
+            download.look(data, False)
+        assert e.value.reason == reason
+    small, extension, size = download.look(jpeg(0, (400, 200)), False, max_side=100)
+    assert extension == 'jpg' and size == (400, 200) and load_image(io.BytesIO(small)).size == (100, 50)
+    clip = download.encode([np.full((48, 64, 3), 60 * i, np.uint8) for i in range(4)], 2)
+    assert download.look(clip, True)[1:] == ('mp4', (64, 48))
+    smaller, *_ = download.look(clip, True, video_side=32)
+    times, frames = load_video(io.BytesIO(smaller), 8)
+    assert frames[0].size == (32, 24) and list(times) == [0, .5, 1, 1.5]
+
+
+def test_archives_are_searched_by_path_end_and_name(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'a.zip', 'w') as z:
+        z.writestr('train2014/COCO_1.jpg', b'one')
+        z.writestr('frames/horse/00000.jpg', b'f0')
+        z.writestr('frames/horse/00001.jpg', b'f1')
+    with tarfile.open(tmp_path / 'b.tar.gz', 'w:gz') as t:
+        for name, data in (('videos/v1.mp4', b'two'), ('../evil', b'x')):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            t.addfile(info, io.BytesIO(data))
+    (tmp_path / 'source/deep').mkdir(parents=True)
+    (tmp_path / 'source/deep/c.png').write_bytes(b'three')
+    with pytest.raises(tarfile.OutsideDestinationError):
+        download.Archives([tmp_path / 'b.tar.gz'])
+    a = download.Archives([tmp_path / 'a.zip', tmp_path / 'source'])
+    assert a.read('train2014/COCO_1.jpg') == a.read('COCO_1.jpg') == a.read('COCO_1') == b'one'
+    assert a.read('c.png') == a.read('deep/c.png') == b'three' and a.read('horse') == [b'f0', b'f1']
+    with pytest.raises(BadRow):
+        a.read('missing')
+
+
+# -- a whole dataset
+
+def test_a_dataset_with_dead_links_and_held_out_rows(hub, tmp_path):
+    how = ['fine', 'gone', 'page', 'busy', 'broken', 'cut']
+    rows = []
+    for i in range(60):
+        hub.media[f'{i}.jpg'] = jpeg(i)
+        manner = how[i % 6] if i % 6 < 5 or i == 5 else 'fine'
+        rows.append({'image_url': f'{hub.url}/media/{manner}/{i}.jpg', 'label': 'Cup', 'count': 1, 'points': [{'x': 50., 'y': 25.}],
+                     'image_sha256': hashlib.sha256(hub.media[f'{i}.jpg'] if i != 6 else b'').hexdigest()})
+    rows.append({**rows[0], 'label': 'Pot', 'points': [{'x': 10., 'y': 1.}]})      # the first picture again
+    rows += [{**rows[12], 'label': None}, {**rows[18], 'points': [{'x': 500., 'y': 1.}]}]
+    store(hub, 'o/points', 'data/train-00000.parquet', rows, {'configs': [{'config_name': 'default', 'data_files': [
+        {'split': 'train', 'path': 'data/train-*'}]}]})
+    table(tmp_path / 'table.csv', {'name': 'points', 'hub': 'o/points', 'converter': 'points', 'style': 'pointing',
+                                   'examples': '60', 'validation': '12'})
+    out = run(hub, tmp_path, '--stage', 'pretraining', '--workers', '8', '--tar-bytes', '20000', '--deadline', '5',
+              '--patience', '.2').stdout
+    folder = tmp_path / 'data/points'
+    kept, held = records(folder), records(folder, 'validation')
+    manifest = json.loads((folder / 'manifest.json').read_text())
+    assert len(kept) + len(held) == 38 == manifest['counts']['records'] and 2 <= len(held) <= 12
+    for reason, n in (('HTTP 404', 10), ('a web page', 10), ('cut short', 1), ('another picture', 1), ('no label', 1), ('point outside', 1)):
+        assert manifest['counts'][f'left out: {reason}'] == n and reason in out
+    first = next(r for r in kept + held if r['id'] == 'points-0')
+    assert len(first['conversations']) == 4    # both labels, pointed at and counted
+    assert len(list(folder.glob('media-*.tar'))) > 1 and not (folder / '.work').exists()
+    for r in kept + held:
+        normalise(r)
+        assert load_image(open_media(folder, r['images'][0])).size == (40, 30)
+    assert len(list(csv.reader(open(folder / 'lost.csv')))) == 22
+    assert len(Dataset(folder, 'train')) == len(kept)
+    # asked again, nothing is fetched; what is changed is seen and made anew
+    asked = sum(hub.asked.values())
+    run(hub, tmp_path, '--stage', 'pretraining')
+    assert sum(hub.asked.values()) == asked
+    assert 'complete' in run(hub, tmp_path, '--stage', 'pretraining', '--list').stdout
+    assert 'as written' in run(hub, tmp_path, '--stage', 'pretraining', '--check').stdout
+    with open(folder / 'media-00000.tar', 'r+b') as f:
+        f.seek(700)
+        f.write(b'XXXX')
+    assert 'WRONG: media-00000.tar' in run(hub, tmp_path, '--stage', 'pretraining', '--check', code=1).stdout
+    os.truncate(folder / 'train.jsonl', 100)
+    assert 'changed: train.jsonl' in run(hub, tmp_path, '--stage', 'pretraining', '--list').stdout
+
+
+def test_killed_again_and_again_the_files_are_the_same(hub, tmp_path):
+    rows, wanted = [], int(os.environ.get('KILLS', 4))
+    for i in range(225 * wanted):
+        hub.media[f'{i}.jpg'] = jpeg(i, (16, 16))
+        rows.append({'image_url': f'{hub.url}/media/{"gone" if i % 7 == 3 else "fine"}/{i}.jpg', 'caption': f'Picture {i}.', 'transcripts': []})
+    store(hub, 'o/cap', 'train.parquet', rows)
+    entry = {'name': 'cap', 'hub': 'o/cap', 'converter': 'caption', 'examples': str(len(rows)), 'validation': '90'}
+    table(tmp_path / 'table.csv', entry)
+    args = ['--datasets', 'cap', '--workers', '4', '--tar-bytes', '100000']
+    run(hub, tmp_path, *args)
+    (tmp_path / 'data').rename(tmp_path / 'peace')
+    chance, kills = random.Random(0), 0
+    while kills < wanted:
+        process = subprocess.Popen(command(hub, tmp_path, *args), env=environment(hub, tmp_path), stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        asked = sum(hub.asked.values())
+        while process.poll() is None and sum(hub.asked.values()) < asked + 5:
+            time.sleep(.01)
+        time.sleep(chance.uniform(0, 1.2))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    run(hub, tmp_path, *args)
+    print(f'{kills} kills; {hub.most} requests at once')
+    assert kills and hub.most <= 8             # of one host
+    for path in (tmp_path / 'peace/cap').iterdir():
+        assert path.read_bytes() == (tmp_path / 'data/cap' / path.name).read_bytes(), path.name
+    assert sorted(p.name for p in (tmp_path / 'data/cap').iterdir()) == sorted(p.name for p in (tmp_path / 'peace/cap').iterdir())
+
+
+def test_embedded_pictures_archives_and_what_is_fetched_by_hand(hub, tmp_path):
+    store(hub, 'o/cosyn', 'chart/train-0.parquet', [
+        {'id': str(i), 'image': {'bytes': jpeg(i), 'path': None},
+         'qa_pairs': {'question': ['Highest?'], 'explanation': ['Look.'], 'answer': ['4']}} for i in range(5)])
+    store(hub, 'o/cosyn', 'table/train-0.parquet', [{'id': 'x'}])
+    store(hub, 'o/vqa', '.convert/default/train/0000.parquet', [
+        {'image': 'COCO_1.jpg', 'message_list': [{'question': 'What?', 'answers': ['cat'] * 3}]},
+        {'image': 'COCO_2.jpg', 'message_list': [{'question': 'What?', 'answers': ['dog'] * 3}]}])
+    store(hub, 'o/tracks', 'train.jsonl', [
+        {'id': 'k', 'video': 'horse', 'fps': 2, 'expression': 'the horse', 'width': 40, 'height': 30,
+         'frame_trajectories': [{'time': t / 2, 'points': [{'id': 0, 'point': [20, 15], 'occluded': False}]} for t in range(4)]}])
+    zips = hub.folder / 'zips'
+    zips.mkdir()
+    with zipfile.ZipFile(zips / 'train2014.zip', 'w') as z:
+        z.writestr('train2014/COCO_1.jpg', jpeg(1))
+    with zipfile.ZipFile(hub.folder / 'datasets/o/tracks/frames.zip', 'w') as z:
+        for i in range(4):
+            z.writestr(f'JPEGImages/horse/{i:05d}.jpg', jpeg(i))
+    table(tmp_path / 'table.csv',
+          {'name': 'chart', 'hub': 'o/cosyn', 'config': 'chart', 'converter': 'explained_qa', 'style': 'cosyn_chart_exp', 'media': 'embedded'},
+          {'name': 'vqa', 'hub': 'o/vqa', 'converter': 'vqa', 'style': 'vqa2', 'media': f'{hub.url}/cdn/zips/train2014.zip'},
+          {'name': 'tracks', 'hub': 'o/tracks', 'converter': 'track', 'style': 'track', 'media': 'hub:o/tracks:*.zip'},
+          {'name': 'mine', 'hub': 'example.org/form', 'converter': 'qa', 'media': 'folder', 'automatic': 'manual',
+           'instructions': 'Ask for it; put train.csv and the videos under data/mine/source/'})
+    (tmp_path / 'data/.archives').mkdir(parents=True)
+    whole = (zips / 'train2014.zip').read_bytes()
+    (tmp_path / 'data/.archives/train2014.zip.part').write_bytes(whole[:300])      # an earlier run was killed
+    dry = run(hub, tmp_path, '--stage', 'pretraining', '--dry-run').stdout
+    assert '1 tables' in dry and 'manual' in dry and not (tmp_path / 'data/chart').exists()
+    out = run(hub, tmp_path, '--stage', 'pretraining', '--num-samples', '3').stdout
+    assert 'mine: to be fetched by hand' in out
+    assert len(records(tmp_path / 'data/chart')) == 3 and 'Look.\nAnswer: 4' in (tmp_path / 'data/chart/train.jsonl').read_text().replace('\\n', '\n')
+    assert [r['id'] for r in records(tmp_path / 'data/vqa')] == ['vqa-0'] and 'not in the archives 1' in out
+    assert (tmp_path / 'data/.archives/train2014.zip').read_bytes() == whole
+    (track,) = records(tmp_path / 'data/tracks')
+    times, frames = load_video(open_media(tmp_path / 'data/tracks', track['video']), 8)
+    assert list(times) == [0, .5, 1, 1.5] and normalise(track)
+    source = tmp_path / 'data/mine/source'
+    source.mkdir(parents=True)
+    (source / 'train.csv').write_text('video,question,answer\nv1,What?,A cat.\nv9,Who?,Nobody.\n')
+    (source / 'v1.mp4').write_bytes(download.encode([np.zeros((32, 32, 3), np.uint8)] * 4, 2))
+    run(hub, tmp_path, '--datasets', 'mine')
+    assert [r['conversations'][0]['messages'][1]['content'] for r in records(tmp_path / 'data/mine')] == ['A cat.']
+    told = run(hub, tmp_path, '--show-manual-instructions').stdout
+    assert 'Ask for it' in told and 'chart' not in told
+
+
+def test_mistakes_are_one_line(hub, tmp_path):
+    store(hub, 'o/odd', 'train.parquet', [{'something': 'else'}])
+    table(tmp_path / 'table.csv', {'name': 'none', 'hub': 'o/none', 'converter': 'qa'}, {'name': 'odd', 'hub': 'o/odd', 'converter': 'caption'})
+    done = run(hub, tmp_path, '--stage', 'pretraining', code=1)
+    assert 'error: none: o/none' in done.stderr and 'Traceback' not in done.stderr
+    assert "other schema (KeyError 'caption')" in done.stdout
+    assert 'no such dataset: x' in run(hub, tmp_path, '--datasets', 'x', code=1).stderr
+
+
+def test_tables_of_every_kind_with_broken_bytes(tmp_path):
+    (tmp_path / 'a.jsonl').write_bytes(b'{"a": "x\xff"}\n\n{broken\n')
+    (tmp_path / 'a.json').write_text('{"data": [{"a": 1}]}')
+    (tmp_path / 'b.json').write_text('{"v1": {"a": 2}}')
+    (tmp_path / 'a.tsv').write_text('a\tb\n1\t2\n')
+    (tmp_path / 'a.csv').write_text('v1,[0:5],no,x,y,Q?,yes\n')
+    read = lambda name: list(download.rows(tmp_path / name))
+    assert read('a.jsonl') == [{'a': 'x\ufffd'}, {}] and read('a.json') == [{'a': 1}] and read('b.json') == [{'video_id': 'v1', 'a': 2}]
+    assert read('a.tsv') == [{'a': '1', 'b': '2'}] and read('a.csv')[0]['5'] == 'Q?'
+    broken = pyarrow.StringArray.from_buffers(
+        2, pyarrow.array([0, 4, 6], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b'caf\xe9ok'))
+    pyarrow.parquet.write_table(pyarrow.table({'a': broken, 'n': [1, 2]}), tmp_path / 'a.parquet')
+    assert read('a.parquet') == [{'a': 'caf\ufffd', 'n': 1}, {'a': 'ok', 'n': 2}]
