@@ -1,17 +1,17 @@
 # Stage 1: captions, pointing and text. CLIP ViT-L/14 at 336 frozen, a linear connector, Qwen3-0.6B.
 # Values are the documents' (reference/recipe.md has the official ones).
+from prepare.table import sets
+
 out_dir = 'out/stage1'
 vision = 'openai/clip-vit-large-patch14-336'
 language = 'Qwen/Qwen3-0.6B'
 vision_weights = 'weights/clip-vit-large-patch14-336'   # folders with the released safetensors
 language_weights = 'weights/Qwen3-0.6B'
 connector = 'linear'
-mixture = {                    # captions 60%, pointing 30%, text 10%
-    'pixmo-cap': 0.60,
-    'pixmo-points': 0.15,
-    'pixmo-count': 0.10,
-    'cosyn-point': 0.05,
-    'tulu-4': 0.10,
+mixture = {                    # captions 60%, pointing 30%, text 10%; prepare/download.py --stage pretraining
+    'captions': {'rate': 0.6, 'sets': sets('1', 'demo')},
+    'pointing': {'rate': 0.3, 'sets': sets('1', 'image_pointing')},
+    'text': {'rate': 0.1, 'sets': sets('1', 'nlp')},
 }
 image_size = 336               # 24 x 24 patches, pooled 2 x 2: 144 tokens a picture
 pooling = 2

@@ -318,7 +318,10 @@ def grouped(entry, files, path):
             if not isinstance(draft, str) and draft['key'] is not None:
                 db.execute('INSERT OR IGNORE INTO keys VALUES (?, ?)', (draft['key'], n))
                 first, = db.execute('SELECT first FROM keys WHERE key = ?', (draft['key'],)).fetchone()
-            db.execute('INSERT INTO drafts VALUES (?, ?)', (first, json.dumps(draft)))
+            try:
+                db.execute('INSERT INTO drafts VALUES (?, ?)', (first, json.dumps(draft)))
+            except TypeError:                # bytes
+                raise Trouble(f"its rows hold their pictures: media is 'embedded', not {entry['media']!r}, in the table") from None
         db.execute('CREATE INDEX place ON drafts (first)')
         db.execute('COMMIT')
         db.close()

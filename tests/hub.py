@@ -131,6 +131,7 @@ class Hub:
                     return
                 self.answer(200, data)
         self.server = ThreadingHTTPServer(('localhost', 0), Handler)
+        self.server.handle_error = lambda *_: None           # whoever was killed does not listen
         self.server.daemon_threads = True
         self.url = f'http://localhost:{self.server.server_address[1]}'
 

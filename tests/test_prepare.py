@@ -284,9 +284,12 @@ def test_embedded_pictures_archives_and_what_is_fetched_by_hand(hub, tmp_path):
 
 def test_mistakes_are_one_line(hub, tmp_path):
     store(hub, 'o/odd', 'train.parquet', [{'something': 'else'}])
-    table(tmp_path / 'table.csv', {'name': 'none', 'hub': 'o/none', 'converter': 'qa'}, {'name': 'odd', 'hub': 'o/odd', 'converter': 'caption'})
+    store(hub, 'o/bytes', 'train.parquet', [{'image': {'bytes': jpeg(0), 'path': None}, 'question': 'What?', 'answer': 'This.'}])
+    table(tmp_path / 'table.csv', {'name': 'none', 'hub': 'o/none', 'converter': 'qa'}, {'name': 'odd', 'hub': 'o/odd', 'converter': 'caption'},
+          {'name': 'bytes', 'hub': 'o/bytes', 'converter': 'qa'})
     done = run(hub, tmp_path, '--stage', 'pretraining', code=1)
     assert 'error: none: o/none' in done.stderr and 'Traceback' not in done.stderr
+    assert "media is 'embedded', not 'urls'" in done.stderr
     assert "other schema (KeyError 'caption')" in done.stdout
     assert 'no such dataset: x' in run(hub, tmp_path, '--datasets', 'x', code=1).stderr
 
@@ -304,3 +307,107 @@ def test_tables_of_every_kind_with_broken_bytes(tmp_path):
         2, pyarrow.array([0, 4, 6], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b'caf\xe9ok'))
     pyarrow.parquet.write_table(pyarrow.table({'a': broken, 'n': [1, 2]}), tmp_path / 'a.parquet')
     assert read('a.parquet') == [{'a': 'caf\ufffd', 'n': 1}, {'a': 'ok', 'n': 2}]
+
+
+# -- everything, from the hub to the training
+
+def miniature(entry, hub, i):
+    """Row i of a dataset in its true schema."""
+    url, image = f'{hub.url}/media/fine/{i}.jpg', {'bytes': jpeg(i), 'path': None}
+    in_archive, style = f'mini_{i}.jpg', entry['style']
+    qas = {'question': ['Highest?'], 'explanation': ['Look.'], 'answer': ['4']}
+    choices = {'question': 'Which?', 'choices': ['no', 'yes'], 'answer_idx': 1, 'direct_answers': ['yes'] * 3}
+    by_converter = {
+        'caption': {'image_url': url, 'caption': f'Picture {i}.', 'transcripts': ['well'] * (i % 2)},
+        'tagged_qa': {'image_url': url, 'question': '[USER] What? [ASSISTANT]', 'answer': 'This.', 'messages': []},
+        'qa': {'image_url': url, 'image_sha256': None, 'question': 'What?', 'answer': 'This.'},
+        'points': {'image_url': url, 'label': 'cup', 'count': 1, 'points': {'x': [10], 'y': [5]} if 'count' in entry['name'] else [{'x': 5., 'y': 9.}]},
+        'question_points': {'id': '1', 'image': image, 'questions': ['Point.'], 'answer_points': [{'x': [5.], 'y': [9.]}], 'names': ['bar']},
+        'messages': {'id': '1', 'source': 'x', 'messages': [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]},
+        'hardcodes': {'questions': ['Who?'], 'response': 'A model.', 'images': [image] if i % 2 else []},
+        'vqa': {'image': in_archive, 'message_list': [{'question': 'How many?', 'answers': ['2'] * 3}], 'metadata': {'x': 1}},
+        'choice': {'image': in_archive, 'message_list': [choices], 'difficult_direct_answer': False},
+        'explained_qa': {'id': '1', 'image': image, 'qa_pairs': qas},
+        'track': {'id': '1', 'video': 'horse', 'expression': 'horse', 'fps': 2, 'width': 40, 'height': 30, 'frame_trajectories': [
+            {'frame': t, 'time': t / 2, 'points': [{'id': 0, 'point': [20., 15.], 'occluded': False}]} for t in range(4)]},
+        'funqa': {'task': 'H2', 'visual_input': 'clip.mp4', 'instruction': 'Describe.', 'output': f'He falls {i}.'},
+        'video_caption': {'video_path': 'clip.mp4', 'motion_caption': f'It spins {i}.'}}
+    row = by_converter[entry['converter']]
+    if entry['converter'] == 'explained_qa' and entry['media'] == 'urls':
+        row = {'image_urls': [url, f'{hub.url}/media/fine/{i + 1}.jpg'], 'qa_pairs': {'question': ['Which?'], 'answer': ['First.']}}
+    elif 'SynMultiImage' in entry['hub']:
+        row = {'id': '1', 'images': [image, image], 'qa_pairs': qas, 'metadata': {'num_images': 2}}
+    elif entry['name'] == 'a-okvqa-da':      # the table of a-okvqa-mc
+        row = by_converter['choice']
+    elif entry['name'] == 'ok-vqa':
+        row = {'image': in_archive, 'image_id': i, 'qas': [{'question': 'What?', 'question_id': 1, 'answers': [{'raw_answer': 'cat'}]}]}
+    elif entry['name'] == 'chart-qa':
+        row = {'image': image, 'query': 'Highest?', 'label': ['4'], 'human_or_machine': 0}
+    elif entry['name'] == 'science-qa-img':
+        row = {'image': image, 'question': 'Which?', 'hint': 'Look.', 'choices': ['no', 'yes'], 'answer': 1}
+    elif style == 'mantis_instruct_mc':
+        row = {'images': [in_archive], 'mc_question': ['Which?'], 'choices': [['no', 'yes']], 'correct_choice_idx': [1], 'example_id': '1'}
+    return row
+
+
+def test_from_the_hub_to_five_steps_of_both_stages(hub, tmp_path):
+    entries = [e for e in csv.DictReader(open(ROOT / 'prepare/datasets.csv', newline=''))
+               if e['automatic'] == 'yes' and {'1', '2'} & set(e['stages'].split(','))]
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, 'w') as z:
+        for i in range(4):
+            z.writestr(f'train2014/mini_{i}.jpg', jpeg(i))
+            z.writestr(f'frames/horse/{i:05d}.jpg', jpeg(i))
+        z.writestr('videos/clip.mp4', download.encode([np.full((48, 64, 3), 60 * i, np.uint8) for i in range(4)], 2))
+    for i in range(5):
+        hub.media[f'{i}.jpg'] = jpeg(i)
+    for e in entries:
+        for split, _ in download.splits(e):
+            store(hub, e['hub'], f"{e['config'] or 'data'}/{split}-00000.parquet", [miniature(e, hub, i) for i in range(4)])
+        places = []
+        for place in e['media'].split():
+            if place.startswith('hub:'):
+                _, repo, pattern = place.split(':')
+                path = hub.folder / 'datasets' / repo / pattern.replace('*', 'mini').replace('.tarmini', '.zip')
+                place = f'hub:{repo}:{pattern}'.replace('.tar*', '.zip')
+            elif place.startswith('http'):
+                path = hub.folder / 'zips' / place.rpartition('/')[2]
+                place = f'{hub.url}/cdn/zips/{path.name}'
+            else:
+                places.append(place)
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(archive.getvalue())
+            places.append(place)
+        e['media'] = ' '.join(places)
+    table(tmp_path / 'table.csv', *entries)
+    args = ['--stage', 'all', '--workers', '4']
+    for _ in range(2):                         # killed twice on the way
+        process = subprocess.Popen(command(hub, tmp_path, *args), env=environment(hub, tmp_path), stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        asked = sum(hub.asked.values())
+        while process.poll() is None and sum(hub.asked.values()) < asked + 40:
+            time.sleep(.01)
+        process.kill()
+        process.wait()
+    out = run(hub, tmp_path, *args).stdout
+    for e in entries:
+        manifest = json.loads((tmp_path / 'data' / e['name'] / 'manifest.json').read_text())
+        assert not any(k.startswith('left out') for k in manifest['counts']), (e['name'], manifest['counts'])
+        assert manifest['counts']['records'] >= 1 and e['name'] in out
+    assert 'WRONG' not in run(hub, tmp_path, '--stage', 'all', '--check').stdout
+
+    subprocess.run([sys.executable, ROOT / 'prepare/shapes.py', '--out', tmp_path / 'world', '--num', '10', '--num_clocks', '5', '--num_text',
+                    '5', '--num_clips', '8', '--num_validation', '5', '--workers', '1'], check=True, capture_output=True)
+    tiny = dict(vision="{'hidden_size': 32, 'intermediate_size': 64, 'num_layers': 1, 'num_heads': 2, 'image_size': 32, 'patch_size': 8, "
+                       "'feature_layers': (-1,)}",
+                language="{'hidden_size': 32, 'intermediate_size': 64, 'num_layers': 1, 'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 8, "
+                         "'vocab_size': 1024}",
+                data_dir=tmp_path / 'data', image_size=32, video_size=32, video_pooling=2, batch_size=2, accumulation=1, max_steps=5,
+                warmup_steps=1, eval_interval=0, num_workers=0, threads=1, device='cpu', dtype='float32', seq_len=512)
+    for stage, more in ((1, dict(vision_weights='', language_weights='', tokenizer=tmp_path / 'world/shapes')),
+                        (2, dict(init_from=tmp_path / 'stage1'))):
+        settings = {**tiny, **more, 'out_dir': tmp_path / f'stage{stage}'}
+        done = subprocess.run([sys.executable, ROOT / 'train.py', ROOT / f'config/stage{stage}.py', *(f'--{k}={v}' for k, v in settings.items())],
+                              capture_output=True, text=True, cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        assert done.returncode == 0 and 'done at step 5' in done.stdout, done.stdout + done.stderr
