@@ -232,22 +232,30 @@ def split_files(info, config, split):
     return inside if config else named
 
 
+def on_hub(call, *args, **how):
+    """What the hub answers; a refusal, or that it cannot be reached, in one line."""
+    try:
+        return call(*args, **how)
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as e:
+        raise Trouble(f'{args[0]}: {str(e).splitlines()[0]}') from None
+
+
 def find_tables(entry, split):
     """(revision, [(name, bytes)]) of a split on the hub; its own files, or the parquet copies that the hub makes."""
-    api = HfApi()
-    try:
-        info = api.dataset_info(entry['hub'], files_metadata=True)
-        names = split_files(info, entry['config'], split)
-        if not names:
-            info = api.dataset_info(entry['hub'], revision='refs/convert/parquet', files_metadata=True)
-            names = sorted(s.rfilename for s in info.siblings
-                           if s.rfilename.startswith(f"{entry['config'] or 'default'}/{split}/"))
-    except HfHubHTTPError as e:
-        raise Trouble(f"{entry['hub']}: {str(e).splitlines()[0]}") from None
+    info = on_hub(HfApi().dataset_info, entry['hub'], files_metadata=True)
+    names = split_files(info, entry['config'], split)
+    if not names:
+        info = on_hub(HfApi().dataset_info, entry['hub'], revision='refs/convert/parquet', files_metadata=True)
+        names = sorted(s.rfilename for s in info.siblings
+                       if s.rfilename.startswith(f"{entry['config'] or 'default'}/{split}/"))
     if not names:
         raise Trouble(f"{entry['hub']} has no tables of {entry['config'] or 'its'} {split}")
     sizes = {s.rfilename: s.size or 0 for s in info.siblings}
     return info.sha, [(n, sizes[n]) for n in names]
+
+
+def fetch_files(repo, names, revision):
+    return [on_hub(hf_hub_download, repo, name, repo_type='dataset', revision=revision) for name in names]
 
 
 def rows(path):
@@ -533,10 +541,7 @@ def convert_split(entry, split, target, writer, fetcher, archives, work, args):
         if not pinned.exists():
             replace(pinned, json.dumps(find_tables(entry, split)))
         revision, names = json.loads(pinned.read_text())
-        try:
-            files = [hf_hub_download(entry['hub'], name, repo_type='dataset', revision=revision) for name, _ in names]
-        except (HfHubHTTPError, httpx.HTTPError, OSError) as e:
-            raise Trouble(f"{entry['hub']}: {str(e).splitlines()[0]}") from None
+        files = fetch_files(entry['hub'], [name for name, _ in names], revision)
     elif not (files := sorted(p for p in source.glob(f'{split}*') if p.suffix in TABLES)):
         raise Trouble(f"{source}/{split}.jsonl (or .json, .csv, .tsv, .parquet) is missing. {entry['instructions']}")
     embedded = entry['media'] in ('embedded', 'none')
@@ -653,11 +658,11 @@ def archive_files(entry, fetcher, args):
     for what in entry['media'].split():
         if what.startswith('hub:'):
             _, repo, pattern = what.split(':')
-            info = HfApi().dataset_info(repo)
+            info = on_hub(HfApi().dataset_info, repo)
             names = sorted(s.rfilename for s in info.siblings if fnmatch.fnmatch(s.rfilename, pattern))
             if not names:
                 raise Trouble(f'{repo} has no files {pattern}')
-            out += [hf_hub_download(repo, name, repo_type='dataset', revision=info.sha) for name in names]
+            out += fetch_files(repo, names, info.sha)
         elif what.startswith('http'):
             path = Path(args.out) / '.archives' / what.rpartition('/')[2]
             if not path.exists():

@@ -291,6 +291,11 @@ def test_mistakes_are_one_line(hub, tmp_path):
     assert 'error: none: o/none' in done.stderr and 'Traceback' not in done.stderr
     assert "media is 'embedded', not 'urls'" in done.stderr
     assert "other schema (KeyError 'caption')" in done.stdout
+    away = subprocess.run(command(hub, tmp_path, '--datasets', 'odd'), capture_output=True, text=True,
+                          env={**environment(hub, tmp_path), 'HF_ENDPOINT': 'http://localhost:1', 'HF_HOME': str(tmp_path / 'other')})
+    shown = subprocess.run(command(hub, tmp_path, '--datasets', 'none', '--dry-run'), capture_output=True, text=True,
+                           env={**environment(hub, tmp_path), 'HF_ENDPOINT': 'http://localhost:1'})
+    assert 'Traceback' not in away.stderr + shown.stderr and 'error: o/none' in shown.stdout
     assert 'no such dataset: x' in run(hub, tmp_path, '--datasets', 'x', code=1).stderr
 
 
