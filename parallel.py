@@ -18,7 +18,6 @@ import sys
 import threading
 import time
 import uuid
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -53,14 +52,10 @@ def meet():
         store.set('first', me)
         for r in range(1, world_size):
             store.set(f"welcome {store.get(f'{me} {r}').decode()}", '')      # waits for rank r
-    while rank:
+    while rank and not store.check([f'welcome {me}']):
         first = store.get('first').decode()    # or the last attempt's, whom nobody answers
         store.set(f'{first} {rank}', me)
-        try:
-            store.wait([f'welcome {me}'], timedelta(seconds=1))
-            break
-        except dist.DistStoreError:
-            continue
+        time.sleep(.05)
     return dist.PrefixStore(first, store)
 
 
