@@ -864,10 +864,10 @@ class Loader:
             if n >= len(again):
                 self.state['draw'] = draw[0] + self.stride
                 self.state['seen'] += 1
-            if not isinstance(example, dict):
-                yield draw, example
-            elif n >= len(again):
+            if isinstance(example, dict):
                 self._skip(example)
+            else:
+                yield draw, example
 
     def __iter__(self):
         """Yields (batch, the state that continues after it)."""

@@ -548,6 +548,17 @@ def test_bad_rows_are_counted_named_and_limited(world, tmp_path):
         take(loader(world, write(tmp_path / 'worse', lines), max_bad_fraction=.1), 100)
 
 
+def test_bad_rows_among_those_that_are_dealt_out_are_counted(world, tmp_path):
+    mine = write(tmp_path / 'mine', [json.dumps(talk())] * 7 + ['{"broken'] * 3)
+    rest = dict(max_bad_fraction=1., world_size=2)
+    fast, slow = (take(loader(world, mine, rank=i, **rest), n)[-1][1] for i, n in ((0, 30), (1, 2)))
+    mixture = loader(world, mine).rows.mixture
+    one, = data.deal_out([fast, slow], 1, mixture)
+    end = take(loader(world, mine, state=one, max_bad_fraction=1.), 60)[-1][1]
+    assert not end['pool'] and sum(end['skipped'].values()) == sum(
+        d == 2 and row >= 7 for _, d, row in itertools.islice(mixture.draws(), end['draw']))
+
+
 # -- the inspector
 
 def test_the_inspector_shows_what_the_model_gets(world, tmp_path):
