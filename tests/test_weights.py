@@ -17,8 +17,9 @@ from hub import Hub  # noqa: E402
 from test_prepare import environment  # noqa: E402
 
 
-@pytest.fixture
-def hub(tmp_path):
+@pytest.fixture(scope='module')
+def hub(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp('weights')
     with Hub(tmp_path / 'hub') as hub:
         models = tmp_path / 'hub/models'
         torch.manual_seed(0)
@@ -89,3 +90,4 @@ def test_mistakes_are_one_line(hub, tmp_path):
                         (('--vision', 'o/qwen3', '--language', 'o/qwen3'), 'not CLIP or SigLIP')):
         done = run(hub, tmp_path, *args, '--out', tmp_path / 'x', code=1)
         assert words in done.stderr and 'Traceback' not in done.stderr and not (tmp_path / 'x').exists()
+    hub.lies.clear()
