@@ -37,8 +37,8 @@ import train
 from configurator import configure, train_settings
 from data import Example, Rows, collate, make_processor, next_row, open_mixture, windows
 from media import load_image, load_video
-from model import (VLM, Segments, UserError, attention, compile_blocks, make_config, make_mask, mask_rule, memory_estimate, pick_device,
-                   pick_dtype, planned_model, save_model)
+from model import (VLM, Segments, UserError, attention, compile_blocks, make_config, make_mask, memory_estimate,
+                   pick_device, pick_dtype, planned_model, save_model)
 
 SIZES = {   # a ViT and a decoder from scratch; `tiny` is near the demo's, `small` the largest that a laptop trains
     'tiny': (dict(hidden_size=128, intermediate_size=512, num_layers=5, num_heads=4, image_size=64, patch_size=8),
@@ -354,11 +354,6 @@ def made_up_rows(settings, processor, rng):
     return [row() for _ in range(settings['batch_size'])]
 
 
-def dense(document_ids, branch_ids):
-    b, i = torch.zeros((), dtype=torch.long), torch.arange(document_ids.shape[1], device=document_ids.device)
-    return mask_rule(document_ids, branch_ids)(b, None, i[:, None], i)[None, None]               # [1, 1, L, L]
-
-
 def bench_step(settings, repeats, seed):
     """A config's training step, by train.py's own functions, and the attention of its rows beside a dense mask."""
     vars(train).update(settings, settings=settings)
@@ -368,7 +363,7 @@ def bench_step(settings, repeats, seed):
     model.set_buffers(dev)
     model.init_weights(seed)
     if settings['compile']:
-        compile_blocks(model)
+        compile_blocks(model, settings['memory_budget'])
     optimizers = train.make_optimizers(model.train())
     processor = SimpleNamespace(pad=0, patch_dim=3 * p * p, grid=(settings['image_size'] // p,) * 2,
                                 frame_grid=(settings['video_size'] // p,) * 2)
@@ -392,7 +387,7 @@ def bench_step(settings, repeats, seed):
 
     t, ids = model.config.language, [batch[x][:1] for x in ('document_ids', 'branch_ids')]
     del model, optimizers
-    masks = [make_mask(*ids) if dev.type == 'cuda' else Segments(*ids), dense(*ids)]
+    masks = [make_mask(*ids) if dev.type == 'cuda' else Segments(*ids), make_mask(*(x.cpu() for x in ids)).to(dev)]
     qkv = [torch.randn(1, n, settings['seq_len'], t.head_dim, device=dev, dtype=amp, requires_grad=True)
            for n in (t.num_heads, t.num_kv_heads, t.num_kv_heads)]
 

@@ -917,9 +917,11 @@ class VLM(nn.Module):
             hidden = self.language_model(self.language_model.embed_tokens(token[:, None]), position, mask, cache)
 
 
-def compile_blocks(model, **how):
-    """Compiles each block. Not what is around them, nor attention in pieces: both differ from batch to batch, or compile
+def compile_blocks(model, memory_budget=1., **how):
+    """Compiles each block, to keep that share of its activations for the backward pass. Not what is around them, nor attention in pieces: both differ from batch to batch, or compile
     what they call themselves."""
+    from torch._functorch import config
+    config.activation_memory_budget = memory_budget
     for owner, name in ((Segments, 'attend'), (Ulysses, 'attend'), (sys.modules[__name__], 'crop_attention')):
         setattr(owner, name, torch.compiler.disable(getattr(owner, name)))
     for block in model.blocks():

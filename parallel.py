@@ -128,11 +128,12 @@ class Watchdog(threading.Thread):
             self.start()
 
     def at(self, place, rows=()):
-        """The training loop says where it is, and which rows it is at."""
-        self.now = (place, time.time(), [str(r) for r in rows])
+        """The training loop says where it is, and which rows, (dataset, row), it is at."""
+        self.now = (place, time.time(), rows)
 
     def beat(self):
-        self.store.set(f'place {rank}', json.dumps((time.time(), *self.now)))
+        place, since, rows = self.now
+        self.store.set(f'place {rank}', json.dumps((time.time(), place, since, [f'{name}:{row}' for name, row in rows])))
 
     def run(self):
         told = None

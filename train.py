@@ -705,9 +705,7 @@ def main():
         step, loader_state, scaling = load_state(checkpoint, model, optimizers, train_mixture)
     scaling = torch.tensor(scaling, device=dev)
     if compile:
-        from torch._functorch import config as functorch
-        functorch.activation_memory_budget = memory_budget
-        compile_blocks(model)
+        compile_blocks(model, memory_budget)
     trained = distribute(model)
 
     Path(out_dir).mkdir(parents=True, exist_ok=True)

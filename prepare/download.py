@@ -45,9 +45,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from tqdm import tqdm
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-from convert import CONVERTERS, Skip  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from convert import CONVERTERS, Skip, fractions  # noqa: E402
+from table import TABLE, entries, sha256  # noqa: E402
 
 from media import BadRow, check_size, load_image, load_video, open_media  # noqa: E402
 
@@ -298,15 +298,15 @@ def _json(line):
 
 
 def drafts_of(entry, files):
-    """(number of the row, a draft or why there is none) of all tables."""
+    """The drafts of all tables, or why there is none of a row."""
     for i, row in enumerate(itertools.chain.from_iterable(map(rows, files))):
         try:
             for draft in CONVERTERS[entry['converter']](row, entry['style'], random.Random(f"{entry['name']} {i}")):
-                yield i, draft
+                yield draft
         except Skip as e:
-            yield i, str(e)
+            yield str(e)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
-            yield i, f'other schema ({type(e).__name__} {e})'[:80]
+            yield f'other schema ({type(e).__name__} {e})'[:80]
 
 
 def grouped(entry, files, path):
@@ -321,7 +321,7 @@ def grouped(entry, files, path):
         db.execute('BEGIN')
         db.execute('CREATE TABLE keys (key TEXT PRIMARY KEY, first INTEGER) WITHOUT ROWID')
         db.execute('CREATE TABLE drafts (first INTEGER, draft TEXT)')
-        for n, (_, draft) in enumerate(tqdm(drafts_of(entry, files), desc=f"{entry['name']}: rows", unit='row', disable=None)):
+        for n, draft in enumerate(tqdm(drafts_of(entry, files), desc=f"{entry['name']}: rows", unit='row', disable=None)):
             first = n
             if not isinstance(draft, str) and draft['key'] is not None:
                 db.execute('INSERT OR IGNORE INTO keys VALUES (?, ?)', (draft['key'], n))
@@ -336,13 +336,13 @@ def grouped(entry, files, path):
         part.rename(path)
     db = sqlite3.connect(path)
     everything = db.execute('SELECT first, draft FROM drafts ORDER BY first, rowid')
-    for first, group in itertools.groupby(everything, lambda r: r[0]):
+    for _, group in itertools.groupby(everything, lambda r: r[0]):
         group = [json.loads(draft) for _, draft in group]
-        yield from ((first, why) for why in group if isinstance(why, str))
+        yield from (why for why in group if isinstance(why, str))
         group = [draft for draft in group if not isinstance(draft, str)]
         talks = list({json.dumps(t): t for draft in group for t in draft['conversations']}.values())
         for i in range(0, len(talks), BRANCHES):
-            yield first, {**group[0], 'conversations': talks[i:i + BRANCHES]}
+            yield {**group[0], 'conversations': talks[i:i + BRANCHES]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -449,14 +449,9 @@ def settled(draft, sizes):
     for talk in draft['conversations']:
         for message in talk['messages']:
             if message.pop('pixels', False):
-                width, height = sizes[0]
-                for p in message['points']['points']:
-                    p['x'], p['y'] = p['x'] / width, p['y'] / height
-                    if not (-.05 <= p['x'] <= 1.05 and -.05 <= p['y'] <= 1.05):
-                        raise Skip('point outside')
-                    p['x'], p['y'] = round(min(max(p['x'], 0.), 1.), 4), round(min(max(p['y'], 0.), 1.), 4)
+                message['points']['points'] = fractions(message['points']['points'], *sizes[0])
                 if 'box' in talk:
-                    talk['box'] = [round(v / n, 4) for v, n in zip(talk['box'], (width, height) * 2)]
+                    talk['box'] = [round(v / n, 4) for v, n in zip(talk['box'], sizes[0] * 2)]
     return draft['conversations']
 
 
@@ -512,13 +507,13 @@ class Writer:
 
 
 def ahead(drafts, get, workers, window):
-    """(place, draft, futures of its media), in order; the media of `window` drafts are on their way."""
+    """(place, draft, [(medium, its future)]), in order; the media of `window` drafts are on their way."""
     waiting = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for place, draft in drafts:
                 media = [] if isinstance(draft, str) else draft['images'] if 'images' in draft else [draft['video']]
-                waiting.append((place, draft, [pool.submit(get, m, draft) for m in media]))
+                waiting.append((place, draft, [(m, pool.submit(get, m, draft)) for m in media]))
                 if len(waiting) > window:
                     yield waiting.popleft()
             yield from waiting
@@ -545,19 +540,18 @@ def convert_split(entry, split, target, writer, fetcher, archives, work, args):
     elif not (files := sorted(p for p in source.glob(f'{split}*') if p.suffix in TABLES)):
         raise Trouble(f"{source}/{split}.jsonl (or .json, .csv, .tsv, .parquet) is missing. {entry['instructions']}")
     embedded = entry['media'] in ('embedded', 'none')
-    drafts = enumerate(d for _, d in drafts_of(entry, files)) if embedded else enumerate(
-        d for _, d in grouped(entry, files, work / f'{split}.sqlite'))
-    drafts = itertools.islice(drafts, writer.state['place'], args.num_samples or None)
+    drafts = drafts_of(entry, files) if embedded else grouped(entry, files, work / f'{split}.sqlite')
+    drafts = itertools.islice(enumerate(drafts), writer.state['place'], args.num_samples or None)
     get = lambda media, draft: obtain(media, 'video' in draft, draft.get('fps'), fetcher, archives, args)
     window = 4 * args.workers if entry['media'] == 'urls' else args.workers
     bar = tqdm(ahead(drafts, get, args.workers, window), desc=f"{entry['name']}: {target}", unit='record', disable=None,
                initial=writer.state['place'])
-    for place, draft, futures in bar:
+    for place, draft, media in bar:
         writer.counts['rows'] += 1
         try:
             if isinstance(draft, str):
                 raise Skip(draft)
-            add(entry, draft, futures, target, place, writer)
+            add(entry, draft, media, target, place, writer)
         except Skip as e:
             writer.counts[f'left out: {e}'] += 1
         if place % 200 == 199:
@@ -565,14 +559,14 @@ def convert_split(entry, split, target, writer, fetcher, archives, work, args):
             bar.set_postfix_str(f"kept {writer.counts['records']}")
 
 
-def add(entry, draft, futures, target, place, writer):
+def add(entry, draft, media, target, place, writer):
     """A record with all its media, or a line in lost.csv for each that could not be had, and Skip."""
     found, lost = [], []
-    for media, future in zip(draft.get('images') or [draft.get('video')], futures):
+    for medium, future in media:
         try:
             found.append(future.result())
         except BadRow as e:
-            lost.append((media.get('url') or media.get('path') or f'row {place}', e.reason))
+            lost.append((medium.get('url') or medium.get('path') or f'row {place}', e.reason))
     for where, why in lost:
         line = io.StringIO()
         csv.writer(line, lineterminator='\n').writerow([where, why])
@@ -673,11 +667,6 @@ def archive_files(entry, fetcher, args):
     return out
 
 
-def sha256(path):
-    with open(path, 'rb') as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest()
-
-
 def read_manifest(folder):
     try:
         return json.loads((folder / 'manifest.json').read_text())
@@ -688,10 +677,9 @@ def read_manifest(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # What there is
 
-def entries(args):
+def asked_for(args):
     """The lines of datasets.csv that were asked for."""
-    with open(args.table, newline='') as f:
-        every = list(csv.DictReader(f))
+    every = entries(args.table)
     if args.datasets:
         if unknown := set(args.datasets) - {e['name'] for e in every}:
             raise Trouble(f"no such dataset: {', '.join(sorted(unknown))}. --list shows all")
@@ -799,13 +787,13 @@ def main():
     parser.add_argument('--video-side', type=int, default=0, help='likewise videos')
     parser.add_argument('--tar-bytes', type=int, default=2 ** 30)
     parser.add_argument('--out', default='data')
-    parser.add_argument('--table', default=HERE / 'datasets.csv')
+    parser.add_argument('--table', default=TABLE)
     args = parser.parse_args()
     if not (args.stage or args.datasets):
         if not (args.list or args.check or args.show_manual_instructions):
             parser.error('give --stage or --datasets')
         args.stage = 'all'
-    chosen = entries(args)
+    chosen = asked_for(args)
     if args.list:
         return show(chosen, args)
     if args.check:

@@ -9,7 +9,6 @@ config.json, so any CLIP or SigLIP tower and any dense Qwen3 will do. The connec
 biases 0 (model.py, init_weights), from --seed. All special tokens are among those that Qwen3 has.
 """
 import argparse
-import hashlib
 import re
 import shutil
 import sys
@@ -26,6 +25,7 @@ from configurator import train_settings  # noqa: E402
 from data import Processor, processor_settings  # noqa: E402
 from model import (VISION, VLM, UserError, VisionConfig, from_hf, layout, load_weights, part_table, read_json,  # noqa: E402
                    save_model)
+from table import sha256  # noqa: E402
 
 WANTED = re.compile(r'config\.json|generation_config\.json|tokenizer(_config)?\.json|chat_template\.\w+|'
                     r'(pre)?processor_config\.json|video_preprocessor_config\.json|added_tokens\.json|'
@@ -44,19 +44,14 @@ def fetch(source):
         print(f"{source}: {len(wanted)} of {len(info.siblings)} files, {sum(s.size or 0 for s in wanted) / 1e9:.2f} GB")
         for s in wanted:
             path = Path(hf_hub_download(source, s.rfilename, revision=info.sha))
-            if s.lfs and digest(path) != s.lfs.sha256:
+            if s.lfs and sha256(path) != s.lfs.sha256:
                 raise UserError(f"{path} is not what the hub lists (its check sum differs). Remove it and run this again")
     except (HfHubHTTPError, httpx.HTTPError) as e:
         raise UserError(f"{source}: {str(e).splitlines()[0]}") from None
     return path.parent
 
 
-def digest(path):
-    with open(path, 'rb') as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest()
-
-
-def combined(name, vision, language, args, ids):
+def combined(name, vision, language, args):
     """The Config of a tower, a connector and a decoder, by the config.json of the two."""
     v, text = read_json(vision / 'config.json'), read_json(language / 'config.json')
     v = v.get('vision_config') or v
@@ -68,7 +63,7 @@ def combined(name, vision, language, args, ids):
         tower = replace(tower, feature_layers=(-3, -9))
     language = replace(config.language, tie_word_embeddings=text.get('tie_word_embeddings', False))
     return replace(config, recipe=args.recipe, vision=tower, language=language, connector=args.connector,
-                   connector_size=0, pooling=args.pooling, **ids)
+                   connector_size=0, pooling=args.pooling)
 
 
 def found(model, part, folder):
@@ -103,12 +98,11 @@ def main():
     else:
         vision, language = fetch(args.vision), fetch(args.language)
         settings = {**train_settings(), 'pooling': args.pooling}
-        start = combined(args.vision, vision, language, args, {})
-        settings['image_size'] = args.image_size or start.vision.image_size
-        processor = Processor(language, patch_size=start.vision.patch_size, **processor_settings(settings))
-        config = combined(args.vision, vision, language, args, processor.token_ids())
+        config = combined(args.vision, vision, language, args)
+        settings['image_size'] = args.image_size or config.vision.image_size
+        processor = Processor(language, patch_size=config.vision.patch_size, **processor_settings(settings))
         with torch.device('meta'):
-            model = VLM(config)
+            model = VLM(replace(config, **processor.token_ids()))
         model.to_empty(device='cpu')
         model.set_buffers()
         model.init_weights(args.seed)

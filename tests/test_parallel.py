@@ -209,7 +209,7 @@ def _stuck(rank, folder):
     told = [folder / f'{r}.txt' for r in range(2)]
     sys.stderr = open(told[rank], 'w')
     dog = parallel.Watchdog(.4)
-    dog.at(*(('reading rows for step 7',) if rank else ('in step 7', ['shapes:3'])))
+    dog.at(*(('reading rows for step 7',) if rank else ('in step 7', [('shapes', 3)])))
     dist.barrier()
     while not told[0].read_text():
         time.sleep(.1)
