@@ -15,6 +15,7 @@ from `chance`, so that a row always gives the same record. Columns and scales ar
 allenai/molmo2 (olmo/data) read; wordings are our own.
 """
 import ast
+import itertools
 import math
 import re
 from collections import Counter
@@ -35,6 +36,7 @@ VIDEO_CAPTION = {
     'merged_caption': ('Describe the video in detail, from beginning to end.', 'Give a thorough account of this clip.'),
     'video_frame_merged_caption': ('Describe everything that can be seen in this video, moment by moment.',
                                    'Write the longest description of this clip that you can.'),
+    'aggregated_caption': ('Describe everything that happens in this video, with every detail.',),
     'motion_caption': ('Describe the movements in this video.', 'What moves here, and how?')}
 POINT = ('Point to every {}.', 'Point at each {} in the image.', 'Show me where the {} is, if there is any.', 'Locate: {}.',
          'Mark all of these: {}.', 'Where can I find {}? Point.', 'pointing: {}')
@@ -70,7 +72,8 @@ def clean(value):
     if value is None:
         return ''
     text = value.decode('utf-8', 'replace') if isinstance(value, bytes) else str(value)
-    return text.encode('utf-8', 'replace').decode('utf-8').replace('\0', '').strip()
+    text = text.encode('utf-8', 'replace').decode('utf-8').replace('\0', '').strip()
+    return re.sub(r'<image (\d)>', r'Image \1', text)      # MMMU; our several images are named so
 
 
 def turn(role, content, **more):
@@ -107,9 +110,20 @@ def media(value, sha256=None):
     return {'url': value, 'sha256': sha256 or None} if re.match(r'https?://', value) else {'path': value}
 
 
-PICTURE = ('image_url', 'image', 'decoded_image', 'img_filename', 'image_filename', 'image_local_name', 'file_path')
-VIDEO = ('video', 'video_path', 'video_id', 'videoID', 'vid_name', 'video_name', 'video_filename', 'vid_filename', 'vid',
-         'video_idx', 'visual_input', 'rel_vid_path', 'gif_name', 'uni_clipped_id', 'key')
+PICTURE = ('image_url', 'image', 'decoded_image', 'img_filename', 'image_filename', 'image_local_name', 'imageName',
+           'file_path')
+VIDEO = ('video', 'video_path', 'key', 'videoID', 'video_id', 'vid_name', 'video_name', 'video_filename', 'vid_filename',
+         'vid', 'video_idx', 'video_uid', 'uid', 'visual_input', 'rel_vid_path', 'gif_name', 'uni_clipped_id')
+
+
+def times(row):
+    """(start, end) in seconds of the part of a video that a row is about; None: its own."""
+    if isinstance(row.get('ts'), str):       # TVQA: "12.5-40"
+        both = row['ts'].split('-')
+    else:
+        both = [next((row[k] for k in names if row.get(k) is not None), None) for names in (
+            ('video_start', 'clip_start', 'clip_start_time', 'start'), ('video_end', 'clip_end', 'clip_end_time', 'end'))]
+    return [float(t) if t is not None and math.isfinite(float(t)) else None for t in both]
 
 
 def shown(row):
@@ -125,11 +139,14 @@ def shown(row):
         if row.get(name):
             image = media(row[name], row.get('image_sha256') if name == 'image_url' else None)
             return {'images': [image], 'key': image.get('url') or image.get('path')}
+    if row.get('image_index') is not None:   # FigureQA, PlotQA
+        path = f"png/{row['image_index']}.png"
+        return {'images': [{'path': path}], 'key': path}
+    if row.get('corrupt'):                   # say the makers
+        raise Skip('corrupt')
     for name in VIDEO:
         if clean(row.get(name)):
-            times = [row.get('video_start', row.get('clip_start', row.get('start'))),
-                     row.get('video_end', row.get('clip_end', row.get('end')))]
-            start, end = (float(t) if t is not None and math.isfinite(float(t)) else None for t in times)
+            start, end = times(row)
             where = {k: v for k, v in (('start', start), ('end', end)) if v is not None}
             return {'video': media(clean(row[name])), 'key': f'{clean(row[name])} {start} {end}', **where}
     raise Skip('no media')
@@ -199,8 +216,8 @@ def caption(row, style, chance):
 
 def qa(row, style, chance):
     """A question and its answer, about a picture, several or a video: pixmo-ask-model-anything and many others; with
-    choices where they are given (MathVista)."""
-    if listed(row.get('choices')) and style != 'tabwmp_da':
+    choices where they are given (MathVista, TGIF-QA)."""
+    if (listed(row.get('choices')) or clean(row.get('a1'))) and style != 'tabwmp_da':
         yield from choice(row, style, chance)
         return
     question, answer = row.get('question', row.get('Question')), row.get('answer', row.get('Answer', row.get('GT')))
@@ -330,29 +347,45 @@ def explained_qa(row, style, chance):
 def items(row):
     """The questions of a row: one, or a list under one of the names that the sets use."""
     for name in ('message_list', 'qas', 'questions', 'qa_pairs', 'qa', 'examples', 'mc_qa_list', 'mc_question'):
+        if isinstance(row.get(name), dict) and all(isinstance(v, dict) for v in row[name].values()):       # AI2D
+            return [{'question': question, **item} for question, item in row[name].items()]
         if isinstance(row.get(name), (list, tuple)) and row[name] and isinstance(row[name][0], dict):
             return row[name]
     return [row]
 
 
+def each(row, make):
+    """Of each question of a row what `make` makes of it; those that cannot be used are left out, Skip if none is left."""
+    talks, why = [], Skip('no answer')
+    for item in items(row):
+        try:
+            talks.append(make(item))
+        except Skip as e:
+            why = e
+    if not talks:
+        raise why
+    return talks
+
+
 def vqa(row, style, chance):
     """Short answers: one, or those of ten people, of which the most frequent is learnt (ties are drawn). VQA v2, TextVQA,
     OK-VQA, A-OKVQA direct, ChartQA, DocVQA, InfographicVQA, ST-VQA, DVQA, FigureQA, PlotQA, TallyQA, RoadTextVQA."""
-    talks = []
-    for item in items(row):
-        question = item.get('question', item.get('query', item.get('raw_question')))
+    def make(item):
+        question = next((item[k] for k in ('question', 'query', 'raw_question', 'question_string') if item.get(k)), '')
         answers = next((item[k] for k in ('answers', 'direct_answers', 'label', 'answer', 'raw_answer', 'count')
                         if item.get(k) is not None), [])
         answers = listed(answers) if isinstance(answers, (list, tuple)) or str(answers).startswith('[') else [answers]
         answers = [clean(a.get('raw_answer', a.get('answer')) if isinstance(a, dict) else a) for a in answers]
+        if style == 'figure_qa':             # 0 and 1; the official loader leaves them so
+            answers = [{'0': 'no', '1': 'yes'}.get(a, a) for a in answers]
         counts = Counter(a for a in answers if a)
         if not counts:
             raise Skip('no answer')
         best = chance.choice(sorted(a for a, n in counts.items() if n == max(counts.values())))
         counting = style in ('tally_qa', 'point_count', 'video_count')
-        talks.append(talk('counting' if counting else 'qa', asked(question, style, chance), best,
-                          **({'answers': answers} if len(counts) > 1 else {})))
-    yield draft(row, talks)
+        return talk('counting' if counting else 'qa', asked(question, style, chance), best,
+                    **({'answers': answers} if len(counts) > 1 else {}))
+    yield draft(row, each(row, make))
 
 
 def options_of(item, chance):
@@ -367,17 +400,22 @@ def options_of(item, chance):
         right = chance.randrange(len(options) + 1)
         options.insert(right, clean(item.get('Answer', item.get('6'))))
         return question, options, right
-    options = next((listed(item[k]) for k in ('choices', 'options', 'option', 'candidates', 'answer_texts')
+    options = next((listed(item[k]) for k in ('choices', 'options', 'option', 'candidates', 'answer_texts', 'answerTexts')
                     if item.get(k) is not None), None)
     if options is None:
         options = [item[k] for form in ('a{}', 'option{}') for i in range(10) if clean(item.get(k := form.format(i)))]
+    if not options:                          # LVBench, MotionBench, TempCompass: below the question, one a line
+        first, *rest = re.split(r'\n\s*(?=\(?A[.):])', clean(question), maxsplit=1)
+        lines = [line.strip() for line in rest[0].splitlines() if line.strip()] if rest else []
+        options = list(itertools.takewhile(re.compile(r'\(?[A-Z][.):]').match, lines))
+        question = first
     if options and isinstance(options[0], dict):           # CLEVRER and STAR say of each whether it is right
         right = [i for i, o in enumerate(options) if clean(o.get('answer')).lower() in ('correct', 'true', '1')]
         options = [o.get('choice') for o in options]
         answer = item.get('answer') if not right and item.get('answer') is not None else right[0] if len(right) == 1 else None
     else:
         answer = next((item[k] for k in ('answer_idx', 'answer_id', 'correct_choice', 'correct_choice_idx', 'correct_answer',
-                                         'answer', 'output', 'Answer', 'answer_key_position') if item.get(k) is not None), None)
+                                         'correctAnswer', 'answer', 'output', 'Answer', 'answer_key_position') if item.get(k) is not None), None)
     marked = [re.match(r'\(?([A-Za-z])[.):]\s*', clean(o)) for o in options]
     if options and all(m and m[1].upper() == chr(65 + i) for i, m in enumerate(marked)):
         options = [clean(o)[m.end():] for o, m in zip(options, marked)]
@@ -424,16 +462,17 @@ def choose(question, options, right, style, chance):
 
 def choice(row, style, chance):
     """One question with options or many: see `options_of` for the forms. Subtitles stand in front of all branches."""
-    rows = items(row)
-    if isinstance(row.get('mc_question'), (list, tuple)) and rows == [row]:        # Mantis: parallel lists
-        rows = [{'question': q, 'choices': c, 'answer_idx': i}
-                for q, c, i in zip(row['mc_question'], row['choices'], row['correct_choice_idx'])]
-    talks = []
-    for item in rows:
+    if isinstance(row.get('mc_question'), (list, tuple)) and items(row) == [row]:  # Mantis: parallel lists
+        row = {**row, 'questions': [{'question': q, 'choices': c, 'answer_idx': i}
+                                    for q, c, i in zip(row['mc_question'], row['choices'], row['correct_choice_idx'])]}
+
+    def make(item):
+        if item.get('abcLabel'):             # AI2D: letters that are not in the picture
+            raise Skip('letters are to be drawn')
         question, options, right = options_of({**{k: v for k, v in row.items() if k == 'hint'}, **item}, chance)
         prompt, answer = choose(question, options, right, style, chance)
-        talks.append(talk('qa', prompt, answer, answers=sorted({answer, options[right]})))
-    yield draft(row, talks, **subtitles(row))
+        return talk('qa', prompt, answer, answers=sorted({answer, options[right]}))
+    yield draft(row, each(row, make), **subtitles(row))
 
 
 def subtitles(row):
@@ -466,13 +505,49 @@ def funqa(row, style, chance):
 
 
 def label(row, style, chance):
-    """A clip and the name of what is done in it; the question is worded here."""
-    answer = row.get('label', row.get('narration', row.get('sentence')))
+    """A clip and the name of what is done in it; the question is worded here. Charades-STA: a line "video start end##what"."""
+    if 'line' in row:
+        place, _, answer = row['line'].partition('##')
+        row = {**dict(zip(('video', 'start', 'end'), place.split())), 'label': answer}
+    answer = clean(row.get('label', row.get('narration', row.get('sentence')))).replace('+', ' ')      # Moments in Time
+    start, end = times(row)
+    if start is not None and end is not None and end <= start:
+        raise Skip('empty clip')
     yield draft(row, [talk('qa', asked(chance.choice(LABEL[style]), style, chance), answer)])
 
 
+def segments(row, style, chance):
+    """COIN, YouCook2, ActivityNet: video_id, annotations[{segment [start, end], label or sentence}]: a clip each."""
+    for item in row.get('annotations', row.get('annotation')):
+        start, end = item['segment']
+        yield from label({'video': row['video_id'], 'start': start, 'end': end, **item}, style, chance)
+
+
+def antonym(row, style, chance):
+    """Paxion: what is done, or its contrary? Of Something-Something: rel_vid_path, label, label_action_antonym_clip_text;
+    of Ego4D: video_uid, clip_start, clip_end, clip_text ("#C C cuts the bread"), action_antonym_clip_text."""
+    both = [row.get('label', row.get('clip_text')),
+            row.get('label_action_antonym_clip_text', row.get('action_antonym_clip_text'))]
+    both = [re.sub(r'^#\S\s*', '', clean(text)) for text in both]
+    options = chance.sample([*both, 'Not sure'], 3)
+    prompt, answer = choose('Which of these is done in the video?', options, options.index(both[0]), style, chance)
+    yield draft(row, [talk('qa', prompt, answer)])
+
+
+def repetitions(row, style, chance):
+    """Countix: video_path, class, count."""
+    question = f"How many times is this done: {clean(row['class'])}?"
+    yield draft(row, [talk('counting', asked(question, style, chance), row['count'])])
+
+
+def problems(row, style, chance):
+    """TabMWP: {number: question, answer, choices, ..}; the picture is number.png."""
+    yield draft({'image': f"{row['video_id']}.png"}, [talk('qa', asked(row['question'], style, chance), row['answer'])])
+
+
 def video_caption(row, style, chance):
-    """Molmo2-Cap: video_caption, merged_caption, video_frame_merged_caption, annotation_score. MotionBench: motion_caption."""
+    """Molmo2-Cap: video_caption, merged_caption, video_frame_merged_caption, annotation_score. Its held-out set:
+    aggregated_caption. MotionBench: motion_caption."""
     if row.get('annotation_score') is not None and row['annotation_score'] < 3:
         raise Skip('low score')
     talks = [talk('captioning', chance.choice(prompts), row[name]) for name, prompts in VIDEO_CAPTION.items()
@@ -496,11 +571,18 @@ def moments(row, style, chance):
 
 
 def video_points(row, style, chance):
-    """Molmo2-VideoPoint: label, count, points[[{x, y}]] for each of two_fps_timestamps, in percent; of the held-out set
-    in pixels, with width and height."""
-    name, width = clean(row['label']).lower(), row.get('width') or 100.
-    found = [p for t, values in zip(row.get('two_fps_timestamps') or (), row.get('points') or ())
-             for p in fractions(values, width, row.get('height') or 100., t=float(t))]
+    """Molmo2-VideoPoint: label, count, points[[{x, y}]] for each of two_fps_timestamps, in percent, and seconds of the
+    whole video, of which clip_start to clip_end is shown, or all if it has 63 seconds at most. The academic ones: category,
+    timestamps, clip_start_time. The held-out set: points[{x, y}] in pixels, with width and height."""
+    name, width = clean(row.get('label', row.get('category'))).lower(), row.get('width') or 100.
+    if (row.get('video_duration') or math.inf) <= 63:
+        row = {k: v for k, v in row.items() if not k.startswith('clip_')}
+    start = times(row)[0] or 0.
+    found = [p for t, values in zip(row.get('two_fps_timestamps', row.get('timestamps')) or (), row.get('points') or ())
+             for p in fractions(values if isinstance(values, (list, tuple)) else [values], width, row.get('height') or 100.,
+                                t=round(float(t) - start, 2))]
+    if any(p['t'] < 0 for p in found):
+        raise Skip('point outside')
     for i, p in enumerate(few(found), 1):
         p['id'] = i
     talks = [point_talk('pointing', chance.choice(POINT).format(name), found, name)]
@@ -578,5 +660,5 @@ def clocks(row, style, chance):
 
 CONVERTERS = {f.__name__: f for f in (
     caption, qa, tagged_qa, messages, llava, hardcodes, points, question_points, explained_points, several_points,
-    explained_qa, vqa, choice, clevrer, funqa, label, video_caption, actor_captions, moments, video_points, track, box_point,
+    explained_qa, vqa, choice, clevrer, funqa, label, segments, antonym, repetitions, problems, video_caption, actor_captions, moments, video_points, track, box_point,
     mask_point, clocks)}

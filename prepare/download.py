@@ -32,7 +32,7 @@ import time
 import warnings
 import zipfile
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -53,7 +53,7 @@ from media import BadRow, check_size, load_image, load_video, open_media  # noqa
 
 BRANCHES = 16                                # conversations of a record at most; an image with more becomes several
 STAGES = {'pretraining': '1', 'sft': '2', 'long': '3', 'eval': 'eval', 'extra': 'extra'}
-TABLES = ('.parquet', '.jsonl', '.json', '.csv', '.tsv')
+TABLES = ('.parquet', '.jsonl', '.json', '.csv', '.tsv', '.txt')
 
 
 class Trouble(Exception):
@@ -120,6 +120,16 @@ class Fetcher:
                 parts.append(part)
         return b''.join(parts), '', None
 
+    def size(self, url):
+        """Bytes of a URL's file, None if the server does not say."""
+        try:
+            r = self.client.head(url)
+        except httpx.HTTPError as e:
+            raise Trouble(f'{url}: {e or type(e).__name__}') from None
+        if r.status_code != 200:
+            raise Trouble(f'{url}: HTTP {r.status_code}')
+        return int(r.headers['content-length']) if 'content-length' in r.headers else None
+
     def file(self, url, path):
         """An archive of any size, to a file: goes on where it stopped."""
         part = path.with_name(path.name + '.part')
@@ -150,51 +160,59 @@ class Fetcher:
 
 
 class Archives:
-    """Zips, tars and folders as one: a file by its path, the end of its path, or its name without extension. A folder of
-    pictures that bears the name of a video is that video's frames."""
+    """Zips, tars and folders as one: a file by its path, by the end of its path, or by its name without extension, where
+    only one file can be meant. A folder of pictures that bears the name of a video is that video's frames."""
+    NO_MEDIA = ('.json', '.jsonl', '.txt', '.srt', '.vtt', '.csv', '.xml', '.wav', '.mp3', '.npy')
 
     def __init__(self, paths):
         self.members, self.lock = {}, threading.Lock()     # the path inside -> (archive, how to read it)
         for path in map(Path, paths):
             if path.is_dir():
-                self.members.update((f.relative_to(path).as_posix(), (path, None)) for f in sorted(path.rglob('*'))
-                                    if f.is_file())
+                found = [(f.relative_to(path).as_posix(), (path, None)) for f in sorted(path.rglob('*')) if f.is_file()]
             elif zipfile.is_zipfile(path):
                 z = zipfile.ZipFile(path)
-                self.members.update((m.filename, (z, m)) for m in z.infolist() if not m.is_dir())
+                found = [(m.filename, (z, m)) for m in z.infolist() if not m.is_dir()]
             elif tarfile.is_tarfile(path):
-                with tarfile.open(path) as tar:
-                    compressed = path.suffix != '.tar'
-                    if compressed:           # no way into the middle of it
-                        unpacked = path.with_name(path.name + '.d')
-                        if not unpacked.exists():
+                if compressed(path):         # no way into the middle of it
+                    unpacked = path.with_name(path.name + '.d')
+                    if not unpacked.exists():
+                        with tarfile.open(path) as tar:
                             tar.extractall(part := path.with_name(path.name + '.d.part'), filter='data')
-                            part.rename(unpacked)
-                        self.members.update(Archives([unpacked]).members)
-                    else:
-                        self.members.update((m.name, (path, m)) for m in tar if m.isreg())
+                        part.rename(unpacked)
+                    found = Archives([unpacked]).members.items()
+                else:
+                    with tarfile.open(path) as tar:
+                        found = [(m.name.removeprefix('./'), (path, m)) for m in tar if m.isreg()]
             else:
-                self.members[f'{path.parent.name}/{path.name}'] = (path.parent.parent, None)
-        self.ends, self.stems, self.folders = {}, {}, defaultdict(list)
+                found = [(f'{path.parent.name}/{path.name}', (path.parent.parent, None))]
+            for name, how in found:          # two archives may hold different files of one path
+                self.members[f'{path.stem}/{name}' if name in self.members else name] = how
+        self.ends, self.stems, self.folders = defaultdict(list), defaultdict(list), defaultdict(dict)
         for name in self.members:
-            parts = name.split('/')
-            for i in range(1, len(parts)):
-                self.ends.setdefault('/'.join(parts[i:]), name)
-            self.stems.setdefault(parts[-1].rpartition('.')[0], name)
-            if len(parts) > 1 and parts[-1].lower().endswith(('.jpg', '.jpeg', '.png')):
-                self.folders[parts[-2]].append(name)
+            *parents, last = name.split('/')
+            for i in range(len(parents) + 1):
+                self.ends['/'.join([*parents[i:], last])].append(name)
+            if not last.lower().endswith(self.NO_MEDIA):
+                self.stems[last.rpartition('.')[0]].append(name)
+            if parents and last.lower().endswith(('.jpg', '.jpeg', '.png')):
+                self.folders[parents[-1]].setdefault('/'.join(parents), []).append(name)
 
     def read(self, path):
-        """The bytes of one file, or the list of those of a folder's pictures. BadRow if there is no such thing."""
+        """The bytes of one file, or the list of those of a folder's pictures. BadRow if there is no such thing, or if
+        there are several."""
         path = path.removeprefix('./')
-        stem = path.rpartition('/')[2]
-        name = (path if path in self.members else self.ends.get(path) or self.ends.get(stem) or
-                self.stems.get(stem) or self.stems.get(stem.rpartition('.')[0]))
-        if name:
-            return self._bytes(name)
-        if frames := self.folders.get(stem):
-            return [self._bytes(frame) for frame in sorted(frames)]
+        last = path.rpartition('/')[2]
+        found = (self.ends.get(path) or self.ends.get(last) or self.stems.get(last) or
+                 self.stems.get(last.rpartition('.')[0]))
+        if found:
+            return self._bytes(only(found, path))
+        if folders := self.folders.get(last):              # masks lie in folders of the same names
+            pictures = [f for f in folders if not re.search('annotation|mask', f, re.I)] or list(folders)
+            return [self._bytes(frame) for frame in sorted(folders[only(pictures, path)])]
         raise BadRow('not in the archives', path)
+
+    def matching(self, pattern):
+        return [name for name in self.members if fnmatch.fnmatch(name, pattern)]
 
     def _bytes(self, name):
         archive, member = self.members[name]
@@ -209,6 +227,17 @@ class Archives:
                 return f.read(member.size)
         except (OSError, zipfile.BadZipFile, zipfile.zlib.error) as e:
             raise BadRow('broken archive', f'{name}: {e}') from None
+
+
+def only(names, asked):
+    if len(names) > 1 and asked not in names:
+        raise BadRow('several of that name', f'{asked}: {", ".join(names[:3])}')
+    return asked if asked in names else names[0]
+
+
+def compressed(path):
+    with open(path, 'rb') as f:
+        return f.read(6).startswith((b'\x1f\x8b', b'BZh', b'\xfd7zXZ'))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,10 +270,12 @@ def on_hub(call, *args, **how):
 
 
 def find_tables(entry, split):
-    """(revision, [(name, bytes)]) of a split on the hub; its own files, or the parquet copies that the hub makes."""
+    """(revision, [(name, bytes)]) of a split on the hub: the files that the table of datasets names, those that the card
+    names, or the parquet copies that the hub makes."""
     info = on_hub(HfApi().dataset_info, entry['hub'], files_metadata=True)
-    names = split_files(info, entry['config'], split)
-    if not names:
+    if patterns := entry['tables'].replace('{split}', split).split():
+        names = sorted(s.rfilename for s in info.siblings if any(fnmatch.fnmatch(s.rfilename, p) for p in patterns))
+    elif not (names := split_files(info, entry['config'], split)):
         info = on_hub(HfApi().dataset_info, entry['hub'], revision='refs/convert/parquet', files_metadata=True)
         names = sorted(s.rfilename for s in info.siblings
                        if s.rfilename.startswith(f"{entry['config'] or 'default'}/{split}/"))
@@ -254,13 +285,48 @@ def find_tables(entry, split):
     return info.sha, [(n, sizes[n]) for n in names]
 
 
+def table_files(entry, split, fetcher, archives, work, args):
+    """Paths of a split's tables: what the user put into source/, files of URLs, of the archives, or of the hub."""
+    source = Path(args.out) / entry['name'] / 'source'
+    if files := sorted(p for p in source.glob(f'{split}*') if p.suffix in TABLES):
+        return files
+    where = entry['tables'].replace('{split}', split)
+    if where.startswith('http'):
+        return [fetched(url, fetcher, args) for url in where.split()]
+    if where.startswith('inside:'):
+        files = []
+        for i, name in enumerate(archives.matching(where.removeprefix('inside:'))):
+            files.append(work / f"{split}-{i:05d}{Path(name).suffix}")
+            files[-1].write_bytes(archives.read(name))
+        if not files:
+            raise Trouble(f'its archives hold no {where.removeprefix("inside:")}')
+        return files
+    if entry['hub'].count('/') != 1:
+        raise Trouble(f"{source}/{split}.jsonl (or {', '.join(TABLES)}) is missing. {entry['instructions']}")
+    pinned = work / f'{split}.tables.json'   # a run that goes on must not see a newer version
+    if not pinned.exists():
+        replace(pinned, json.dumps(find_tables(entry, split)))
+    revision, names = json.loads(pinned.read_text())
+    return fetch_files(entry['hub'], [name for name, _ in names], revision)
+
+
+def fetched(url, fetcher, args):
+    """The path of a URL's file, fetched once for all sets. What follows # is its name."""
+    url, _, name = url.partition('#')
+    digest = hashlib.sha256(url.encode()).hexdigest()[:8]  # every other site has a train.json
+    path = Path(args.out) / '.archives' / f"{digest}-{name or url.rpartition('/')[2]}"
+    if not path.exists():
+        fetcher.file(url, path)
+    return path
+
+
 def fetch_files(repo, names, revision):
     return [on_hub(hf_hub_download, repo, name, repo_type='dataset', revision=revision) for name in names]
 
 
-def rows(path):
-    """A table's rows as dicts: parquet, JSON lines, JSON (a list, alone or under 'data', 'annotations', 'database'), CSV
-    and TSV. Broken bytes in text become U+FFFD."""
+def rows(path, split=''):
+    """A table's rows as dicts: parquet, JSON lines, JSON, CSV, TSV, lines of text (as {'line': ..}). Of one JSON file for
+    all splits ({"database": {id: {"subset": ..}}}) the rows of `split`. Broken bytes in text become U+FFFD."""
     path = Path(path)
     if path.suffix == '.parquet':
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(64):
@@ -274,16 +340,26 @@ def rows(path):
         return
     with open(path, encoding='utf-8-sig', errors='replace', newline='') as f:
         if path.suffix == '.jsonl':
-            for line in f:
-                if line.strip():
-                    yield _json(line)
+            head = None
+            for row in map(_json, filter(str.strip, f)):
+                if isinstance(row, list) and head is None:           # SUTD-TrafficQA: names, then lists of values
+                    head = row
+                else:
+                    yield dict(zip(head, row)) if isinstance(row, list) else row
         elif path.suffix == '.json':
             whole = json.load(f)
             if isinstance(whole, dict):
-                whole = next((whole[k] for k in ('data', 'annotations', 'database') if k in whole), whole)
-            yield from whole if isinstance(whole, list) else ({'video_id': k, **v} for k, v in whole.items())
+                whole = next((whole[k] for k in ('data', 'annotations', 'database', 'qa_pairs') if k in whole), whole)
+            if isinstance(whole, dict) and not all(isinstance(v, dict) for v in whole.values()):
+                whole = [whole]              # a file for each row
+            yield from whole if isinstance(whole, list) else (
+                {'video_id': k, **v} for k, v in whole.items() if str(v.get('subset', split)).startswith(split))
+        elif path.suffix == '.txt':
+            yield from ({'line': line.strip()} for line in f if line.strip())
         else:
-            lines = csv.reader(f, delimiter='\t' if path.suffix == '.tsv' else ',')
+            tabs = '\t' in f.readline()
+            f.seek(0)
+            lines = csv.reader(f, delimiter='\t' if tabs else ',')
             head = next(lines, [])
             if any(re.fullmatch(r'\[\d.*\]', cell) for cell in head):      # How2QA has no head
                 lines, head = itertools.chain([head], lines), [str(i) for i in range(len(head))]
@@ -297,9 +373,9 @@ def _json(line):
         return {}                            # a converter will miss what it needs
 
 
-def drafts_of(entry, files):
+def drafts_of(entry, files, split):
     """The drafts of all tables, or why there is none of a row."""
-    for i, row in enumerate(itertools.chain.from_iterable(map(rows, files))):
+    for i, row in enumerate(itertools.chain.from_iterable(rows(f, split) for f in files)):
         try:
             for draft in CONVERTERS[entry['converter']](row, entry['style'], random.Random(f"{entry['name']} {i}")):
                 yield draft
@@ -309,7 +385,7 @@ def drafts_of(entry, files):
             yield f'other schema ({type(e).__name__} {e})'[:80]
 
 
-def grouped(entry, files, path):
+def grouped(entry, files, split, path):
     """As drafts_of, but the conversations about the same media together, at the place of the first. Through a file:
     the largest set has 2.4 million rows."""
     if not path.exists():
@@ -321,7 +397,7 @@ def grouped(entry, files, path):
         db.execute('BEGIN')
         db.execute('CREATE TABLE keys (key TEXT PRIMARY KEY, first INTEGER) WITHOUT ROWID')
         db.execute('CREATE TABLE drafts (first INTEGER, draft TEXT)')
-        for n, draft in enumerate(tqdm(drafts_of(entry, files), desc=f"{entry['name']}: rows", unit='row', disable=None)):
+        for n, draft in enumerate(tqdm(drafts_of(entry, files, split), desc=f"{entry['name']}: rows", unit='row', disable=None)):
             first = n
             if not isinstance(draft, str) and draft['key'] is not None:
                 db.execute('INSERT OR IGNORE INTO keys VALUES (?, ?)', (draft['key'], n))
@@ -437,7 +513,7 @@ def obtain(media, video, fps, fetcher, archives, args):
     else:
         data = archives.read(media['path'])
         if isinstance(data, list):
-            data = encode((np.asarray(load_image(io.BytesIO(frame))) for frame in data), round(fps or 6))
+            data = encode((np.asarray(load_image(io.BytesIO(frame))) for frame in data), round(fps))
     found = look(data, video, args.max_side, args.video_side)
     if media.get('sha256') and hashlib.sha256(data).hexdigest() != media['sha256']:
         raise BadRow('another picture', media['url'])
@@ -460,7 +536,7 @@ def settled(draft, sizes):
 
 class Writer:
     """Files that grow together. `commit` makes what was written so far the state that a killed run goes on from: all
-    later bytes are cut off again."""
+    later bytes are cut off again. Media of one URL or path are stored once, however many records show them."""
     STATE = {'split': 0, 'place': 0, 'sizes': {}, 'counts': {}, 'tar': 0, 'files': 0}
 
     def __init__(self, folder, tar_bytes):
@@ -472,14 +548,24 @@ class Writer:
         for path in [*folder.glob('*.jsonl'), *folder.glob('*.tar'), *folder.glob('*.csv')]:
             with open(path, 'r+b') as f:
                 f.truncate(self.state['sizes'].get(path.name, 0))
+        self.stored = sqlite3.connect(folder / 'media.sqlite')
+        self.stored.execute('CREATE TABLE IF NOT EXISTS media (name TEXT PRIMARY KEY, file INTEGER, path TEXT, width INTEGER, '
+                            'height INTEGER) WITHOUT ROWID')
+        self.stored.execute('DELETE FROM media WHERE file >= ?', (self.state['files'],))
+
+    def known(self, name):
+        """(path, width, height) of media that are stored already, or None."""
+        return self.stored.execute('SELECT path, width, height FROM media WHERE name = ?', (name,)).fetchone()
 
     def write(self, name, data):
         if name not in self.open:
             self.open[name] = open(self.folder / name, 'ab')
         self.open[name].write(data)
 
-    def media(self, data, extension):
-        """Adds a file to the current tar; returns its path for a record."""
+    def media(self, medium, data, extension, size):
+        """Adds a file to the current tar, unless it is there; returns its path for a record."""
+        if (source := source_of(medium)) and (known := self.known(source)):
+            return known[0]
         name = f"media-{self.state['tar']:05d}.tar"
         member = tarfile.TarInfo(f"{self.state['files']:08d}.{extension}")
         member.size = len(data)
@@ -487,6 +573,9 @@ class Writer:
         self.state['files'] += 1
         if self.open[name].tell() > self.tar_bytes:
             self.close_tar()
+        if source:
+            self.stored.execute('INSERT INTO media VALUES (?, ?, ?, ?, ?)',
+                                (source, self.state['files'] - 1, f'{name}/{member.name}', *size))
         return f'{name}/{member.name}'
 
     def close_tar(self):
@@ -501,22 +590,50 @@ class Writer:
             os.fsync(f.fileno())
         self.state.update(split=split, place=place, counts=dict(self.counts),
                           sizes=self.state['sizes'] | {name: f.tell() for name, f in self.open.items()})
+        self.stored.commit()                 # first: what it says of later files is forgotten
         replace(self.folder / 'state.json', json.dumps(self.state))
         for name in [n for n in self.open if n.endswith('.tar') and n != f"media-{self.state['tar']:05d}.tar"]:
             self.open.pop(name).close()
 
 
-def ahead(drafts, get, workers, window):
-    """(place, draft, [(medium, its future)]), in order; the media of `window` drafts are on their way."""
-    waiting = deque()
+def source_of(medium):
+    return medium.get('url') or medium.get('path')
+
+
+def ahead(drafts, get, known, workers, window):
+    """(place, draft, [(medium, its future)]), in order; the media of `window` drafts are on their way, each once."""
+    waiting, flying, users = deque(), {}, Counter()
     with ThreadPoolExecutor(workers) as pool:
+
+        def future(medium, draft):
+            source = source_of(medium)
+            if source in flying:
+                users[source] += 1
+                return flying[source]
+            if source and (stored := known(source)):
+                (done := Future()).set_result((b'', '', stored[1:]))
+                return done
+            fetch = pool.submit(get, medium, draft)
+            if source:
+                flying[source], users[source] = fetch, 1
+            return fetch
+
+        def landed():
+            yield (item := waiting.popleft())
+            for source in filter(None, (source_of(medium) for medium, _ in item[2])):
+                users[source] -= 1
+                if users[source] <= 0:
+                    flying.pop(source, None)
+                    del users[source]
+
         try:
             for place, draft in drafts:
                 media = [] if isinstance(draft, str) else draft['images'] if 'images' in draft else [draft['video']]
-                waiting.append((place, draft, [(m, pool.submit(get, m, draft)) for m in media]))
+                waiting.append((place, draft, [(m, future(m, draft)) for m in media]))
                 if len(waiting) > window:
-                    yield waiting.popleft()
-            yield from waiting
+                    yield from landed()
+            while waiting:
+                yield from landed()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -530,21 +647,14 @@ def held_out(entry, draft, place):
 
 def convert_split(entry, split, target, writer, fetcher, archives, work, args):
     """Reads a split's tables and adds its records and media to the writer's files."""
-    source = Path(args.out) / entry['name'] / 'source'
-    if entry['hub'].count('/') == 1 and not any(source.glob(f'{split}*')):
-        pinned = work / f'{split}.tables.json'             # a run that goes on must not see a newer version
-        if not pinned.exists():
-            replace(pinned, json.dumps(find_tables(entry, split)))
-        revision, names = json.loads(pinned.read_text())
-        files = fetch_files(entry['hub'], [name for name, _ in names], revision)
-    elif not (files := sorted(p for p in source.glob(f'{split}*') if p.suffix in TABLES)):
-        raise Trouble(f"{source}/{split}.jsonl (or .json, .csv, .tsv, .parquet) is missing. {entry['instructions']}")
+    files = table_files(entry, split, fetcher, archives, work, args)
     embedded = entry['media'] in ('embedded', 'none')
-    drafts = drafts_of(entry, files) if embedded else grouped(entry, files, work / f'{split}.sqlite')
+    drafts = drafts_of(entry, files, split) if embedded else grouped(entry, files, split, work / f'{split}.sqlite')
     drafts = itertools.islice(enumerate(drafts), writer.state['place'], args.num_samples or None)
-    get = lambda media, draft: obtain(media, 'video' in draft, draft.get('fps'), fetcher, archives, args)
+    rate = next((float(what[4:]) for what in entry['media'].split() if what.startswith('fps:')), 6.)   # of folders of frames
+    get = lambda media, draft: obtain(media, 'video' in draft, draft.get('fps') or rate, fetcher, archives, args)
     window = 4 * args.workers if entry['media'] == 'urls' else args.workers
-    bar = tqdm(ahead(drafts, get, args.workers, window), desc=f"{entry['name']}: {target}", unit='record', disable=None,
+    bar = tqdm(ahead(drafts, get, writer.known, args.workers, window), desc=f"{entry['name']}: {target}", unit='record', disable=None,
                initial=writer.state['place'])
     for place, draft, media in bar:
         writer.counts['rows'] += 1
@@ -573,8 +683,8 @@ def add(entry, draft, media, target, place, writer):
         writer.write('lost.csv', line.getvalue().encode())
     if lost:
         raise Skip(lost[0][1])
-    talks = settled(draft, [size for *_, size in found])
-    paths = [writer.media(data, extension) for data, extension, _ in found]
+    talks = settled(draft, [size for _, _, size in found])
+    paths = [writer.media(medium, *f) for (medium, _), f in zip(media, found)]
     record = {'id': f"{entry['name']}-{place}", **({'video': paths[0]} if 'video' in draft else {'images': paths}),
               **{k: draft[k] for k in ('start', 'end', 'subtitles') if k in draft}, 'conversations': talks}
     if target == 'train' and held_out(entry, draft, place):
@@ -646,25 +756,38 @@ def replace(path, text):
 def archive_files(entry, fetcher, args):
     """Paths of the archives that hold a set's media: fetched once, for all sets that use them."""
     source = Path(args.out) / entry['name'] / 'source'
-    if entry['media'] in ('urls', 'embedded', 'none'):
-        return []
     out = [source] if source.is_dir() else []
     for what in entry['media'].split():
-        if what.startswith('hub:'):
-            _, repo, pattern = what.split(':')
-            info = on_hub(HfApi().dataset_info, repo)
-            names = sorted(s.rfilename for s in info.siblings if fnmatch.fnmatch(s.rfilename, pattern))
-            if not names:
-                raise Trouble(f'{repo} has no files {pattern}')
-            out += fetch_files(repo, names, info.sha)
+        if what.startswith(('hub:', 'parts:')):
+            kind, repo, _ = what.split(':')
+            revision, names = hub_files(what)
+            files = fetch_files(repo, [name for name, _ in names], revision)
+            if kind == 'parts':              # of one archive
+                whole = Path(args.out) / '.archives' / f'{repo.replace("/", "--")}-{revision[:12]}'
+                if not whole.exists():
+                    whole.parent.mkdir(parents=True, exist_ok=True)
+                    with open(part := whole.with_suffix('.part'), 'wb') as f:
+                        for path in files:
+                            with open(path, 'rb') as piece:
+                                shutil.copyfileobj(piece, f, 2 ** 20)
+                    part.rename(whole)
+                files = [whole]
+            out += files
         elif what.startswith('http'):
-            path = Path(args.out) / '.archives' / what.rpartition('/')[2]
-            if not path.exists():
-                fetcher.file(what, path)
-            out.append(path)
+            out.append(fetched(what, fetcher, args))
         elif what == 'folder' and not source.is_dir():
             raise Trouble(f"{source}/ is missing. {entry['instructions']}")
     return out
+
+
+def hub_files(what):
+    """(revision, [(name, bytes)]) of "hub:owner/name:pattern"."""
+    _, repo, pattern = what.split(':')
+    info = on_hub(HfApi().dataset_info, repo, files_metadata=True)
+    names = sorted((s.rfilename, s.size or 0) for s in info.siblings if fnmatch.fnmatch(s.rfilename, pattern))
+    if not names:
+        raise Trouble(f'{repo} has no files {pattern}')
+    return info.sha, names
 
 
 def read_manifest(folder):
@@ -713,6 +836,20 @@ def show(chosen, args):
               f"{e['media'].split(':')[0]:<10}{'' if e['automatic'] == 'yes' else 'manual':<8}{state_of(e, args.out)}")
 
 
+def some_lines(paths, n, chance):
+    """(how many lines the files have, n of them at random), a line at a time."""
+    lines, total = [], 0
+    for path in paths:
+        with open(path, 'rb') as f:
+            for line in f:
+                total += 1
+                if len(lines) < n:
+                    lines.append(line)
+                elif (i := chance.randrange(total)) < n:
+                    lines[i] = line
+    return total, lines
+
+
 def check(chosen, args):
     """Sizes and check sums against the manifest, and some media of each set opened. Returns the number of bad sets."""
     bad = 0
@@ -722,10 +859,10 @@ def check(chosen, args):
             continue
         wrong = changed(manifest, folder)
         wrong += [n for n, (_, digest) in manifest['files'].items() if n not in wrong and sha256(folder / n) != digest]
-        lines = [line for n in manifest['files'] if n.endswith('.jsonl') and (folder / n).is_file()
-                 for line in (folder / n).read_text().splitlines()]
+        total, lines = some_lines([folder / n for n in manifest['files'] if n.endswith('.jsonl') and (folder / n).is_file()],
+                                  args.check, random.Random(0))
         opened = 0
-        for line in random.Random(0).sample(lines, min(args.check, len(lines))):
+        for line in lines:
             record = json.loads(line)
             try:
                 for path in record.get('images', []):
@@ -736,22 +873,34 @@ def check(chosen, args):
             except BadRow as error:
                 wrong.append(f"{record['id']}: {error}")
         bad += bool(wrong)
-        print(f"{e['name']:<36}{len(lines):>9,} records  {opened} opened  "
+        print(f"{e['name']:<36}{total:>9,} records  {opened} opened  "
               + (f"WRONG: {'; '.join(wrong[:3])}" if wrong else 'as written'))
     return bad
 
 
-def dry_run(chosen):
+def dry_run(chosen, fetcher):
     """Files and bytes that would be fetched."""
     for e in chosen:
         if e['automatic'] != 'yes':
             print(f"{e['name']:<36}manual")
             continue
         try:
-            tables = [t for split, _ in splits(e) for t in find_tables(e, split)[1]]
+            tables, media = [], []
+            for split, _ in splits(e):
+                where = e['tables'].replace('{split}', split)
+                if where.startswith('http'):
+                    tables += [fetcher.size(url) for url in where.split()]
+                elif not where.startswith('inside:'):
+                    tables += [size for _, size in find_tables(e, split)[1]]
+            for what in e['media'].split():
+                if what.startswith('http'):
+                    media.append(fetcher.size(what))
+                elif what.startswith(('hub:', 'parts:')):
+                    media += [size for _, size in hub_files(what)[1]]
+            mb = lambda sizes: f"{sum(filter(None, sizes)) / 1e6:,.1f} MB" + (' and more' if None in sizes else '')
             urls = f", then about {int(e['examples']):,} URLs" if e['media'] == 'urls' and e['examples'] else ''
-            archives = f", then {e['media']}" if e['media'].startswith(('hub:', 'http')) else ''
-            print(f"{e['name']:<36}{len(tables)} tables, {sum(size for _, size in tables) / 1e6:,.1f} MB{urls}{archives}")
+            print(f"{e['name']:<36}{len(tables)} tables, {mb(tables)}"
+                  + (f', {len(media)} archives, {mb(media)}' if media else '') + urls)
         except Trouble as error:
             print(f"{e['name']:<36}error: {error}")
 
@@ -761,7 +910,8 @@ def report(manifests):
     for m in manifests:
         c = m['counts']
         size = sum(size for size, _ in m['files'].values())
-        print(f"{m['name']:<36}{c.get('rows', 0):>10,}{c.get('records', 0):>10,}{c.get('records', 0) / max(1, c.get('rows', 0)):>8.1%}"
+        share = c.get('records', 0) / max(1, c.get('rows', 0))
+        print(f"{m['name']:<36}{c.get('rows', 0):>10,}{c.get('records', 0):>10,}{share:>8.1%}"
               f"{c.get('media', 0):>10,}{size / 1e6:>10,.1f}")
         left = sorted(((n, k.removeprefix('left out: ')) for k, n in c.items() if k.startswith('left out: ')), reverse=True)
         if left:
@@ -775,6 +925,7 @@ def main():
     parser.add_argument('--datasets', nargs='+', metavar='NAME')
     parser.add_argument('--list', action='store_true')
     parser.add_argument('--check', type=int, nargs='?', const=8, metavar='N', help='open N media of each set (8)')
+    parser.add_argument('--pages', type=int, nargs='?', const=8, metavar='N', help='index.html, and N records of each set as HTML (8)')
     parser.add_argument('--dry-run', action='store_true')
     parser.add_argument('--show-manual-instructions', action='store_true')
     parser.add_argument('--num-samples', type=int, default=0, metavar='N', help='the first N records of each split')
@@ -790,7 +941,7 @@ def main():
     parser.add_argument('--table', default=TABLE)
     args = parser.parse_args()
     if not (args.stage or args.datasets):
-        if not (args.list or args.check or args.show_manual_instructions):
+        if not (args.list or args.check or args.pages or args.show_manual_instructions):
             parser.error('give --stage or --datasets')
         args.stage = 'all'
     chosen = asked_for(args)
@@ -798,16 +949,21 @@ def main():
         return show(chosen, args)
     if args.check:
         return sys.exit(check(chosen, args) and 1)
+    if args.pages:
+        from pages import write
+        write(chosen, args.out, args.pages, {e['name']: state_of(e, args.out) for e in chosen},
+              {e['name']: read_manifest(Path(args.out) / e['name']) for e in chosen})
+        return print(f'wrote {args.out}/index.html')
     if args.show_manual_instructions:
         for e in chosen:
             if e['automatic'] != 'yes':
                 print(f"{e['name']} ({e['hub']})\n    {e['instructions']}\n    then: python prepare/download.py --datasets {e['name']}")
         return
-    if args.dry_run:
-        return dry_run(chosen)
     fetcher, done, failed = Fetcher(args.per_host, args.deadline, args.max_bytes, cap=args.patience), [], 0
+    if args.dry_run:
+        return dry_run(chosen, fetcher)
     for e in chosen:
-        if e['automatic'] != 'yes' and not (Path(args.out) / e['name'] / 'source').exists():
+        if e['automatic'] != 'yes' and not args.datasets and not (Path(args.out) / e['name'] / 'source').exists():
             print(f"{e['name']}: to be fetched by hand (--show-manual-instructions)")
             continue
         try:

@@ -144,7 +144,7 @@ def test_other_short_answers():
     assert said(d) == [('qa', 'chart_qa: Highest?', '42')]
     d = convert('vqa', {'image': 'f.png', 'image_index': 1, 'questions': [{'question': 'Is it?', 'answer': 0}, {
         'question': 'And?', 'answer': 1}]}, 'figure_qa')
-    assert [a for *_, a in said(d)] == ['0', '1']
+    assert [a for *_, a in said(d)] == ['no', 'yes']
     d = convert('vqa', {'image': 'v.jpg', 'message_list': [{'question': 'How many?', 'answer': 3}]}, 'tally_qa')
     assert said(d) == [('counting', 'tally_qa: How many?', '3')]
     d = convert('vqa', {'image': 'a.jpg', 'message_list': [{'question': 'Who?', 'choices': ['a', 'b'], 'answer_idx': 0,
@@ -234,6 +234,39 @@ def test_clips():
     assert skipped('moments', {**row, 'relevant_windows': []}) == 'windows'
 
 
+def test_parts_of_videos_and_what_is_done_in_them():
+    coin = {'video_id': 'v1', 'subset': 'training', 'annotation': [{'id': 1, 'label': 'cut', 'segment': [1.5, 4]}, {'label': 'mix', 'segment': [5, 9]}]}
+    clips = list(CONVERTERS['segments'](coin, 'coin_label', random.Random(0)))
+    assert [(c['start'], c['end'], said(c)[0][2]) for c in clips] == [(1.5, 4, 'cut'), (5, 9, 'mix')]
+    youcook = {'video_id': 'v1', 'annotations': [{'segment': [1, 4], 'sentence': 'cut the bread', 'id': 0}]}
+    assert said(convert('segments', youcook, 'youcook2_label'))[0][2] == 'cut the bread'
+    d = convert('label', {'line': 'AO8RW 0.0 6.9##a person is putting a book on a shelf.'}, 'charades_sta')
+    assert d['video'] == {'path': 'AO8RW'} and d['end'] == 6.9 and said(d)[0][2].startswith('a person')
+    assert skipped('label', {'line': 'AO8RW 6.9 1.0##a person sits.'}, 'charades_sta') == 'empty clip'
+    d = convert('antonym', {'rel_vid_path': '1.webm', 'label': 'Closing a box', 'label_action_antonym_clip_text': 'Opening a box'}, 'video_multiple_choice')
+    assert 'Opening a box' in said(d)[0][1] and 'Not sure' in said(d)[0][1]
+    d = convert('antonym', {'video_uid': 'u', 'clip_start': 2., 'clip_end': 3., 'clip_text': '#C C cuts bread', 'action_antonym_clip_text': '#C C joins bread'},
+                'video_multiple_choice')
+    assert d['start'] == 2 and 'C cuts bread' in said(d)[0][1] and '#' not in said(d)[0][1]
+    assert said(convert('repetitions', {'video_path': 'a.mp4', 'class': 'push ups', 'count': 7}, 'video_short_answer'))[0][2] == '7'
+    d = convert('problems', {'video_id': '17', 'question': 'How many?', 'answer': '3', 'choices': ['2', '3']}, 'tabmwp_da')
+    assert d['images'] == [{'path': '17.png'}] and said(d)[0][2] == '3'
+    d = convert('vqa', {'clip': 'x', 'uid': 'u1', 'start': 3., 'end': 5., 'message_list': [{'question': 'Label the clip.', 'answer': 'cut', 'style': 'x'}]})
+    assert d['video'] == {'path': 'u1'} and d['start'] == 3
+    assert skipped('vqa', {'uid': 'u1', 'corrupt': True, 'question': 'x', 'answer': 'y'}) == 'corrupt'
+
+
+def test_one_bad_question_does_not_cost_the_others():
+    row = {'video': 'a.mp4', 'questions': [{'question': 'Which?', 'options': ['x', 'y'], 'answer': 'z'}, {'question': 'Which?', 'options': ['x', 'y'], 'answer': 'y'}]}
+    assert len(convert('choice', row)['conversations']) == 1
+    assert len(convert('vqa', {'image': 'a.png', 'qas': [{'question': 'Q', 'answers': []}, {'question': 'Q', 'answers': ['a']}]})['conversations']) == 1
+    assert skipped('vqa', {'image': 'a.png', 'qas': [{'question': 'Q', 'answers': []}]}) == 'no answer'
+    ai2d = {'imageName': '0.png', 'questions': {'What eats grass?': {'answerTexts': ['a', 'b'], 'correctAnswer': 1, 'abcLabel': False},
+                                                'What is A?': {'answerTexts': ['a', 'b'], 'correctAnswer': 0, 'abcLabel': True}}}
+    d = convert('choice', ai2d, 'eval')
+    assert len(d['conversations']) == 1 and said(d)[0][2] == 'B. b' and 'What eats grass?' in said(d)[0][1]
+
+
 def test_points_in_time():
     row = {'video_id': 'v2', 'label': 'Dog', 'count': 2, 'points': [[{'x': 10, 'y': 20}], [{'x': 12, 'y': 25}]],
            'two_fps_timestamps': [1., 3.5], 'clip_start': 0., 'clip_end': 30.}
@@ -241,8 +274,17 @@ def test_points_in_time():
     assert d['conversations'][0]['messages'][1]['points']['points'] == [
         {'x': .1, 'y': .2, 'id': 1, 't': 1.}, {'x': .12, 'y': .25, 'id': 2, 't': 3.5}]
     assert d['end'] == 30 and said(d)[1][2] == '2'
-    d = convert('video_points', {**row, 'width': 200, 'height': 100})
-    assert found(d) == [(.05, .2), (.06, .25)]
+    # seconds of the whole video become seconds of the clip; a video of 63 seconds at most is shown whole
+    late = {**row, 'clip_start': 1., 'video_duration': 200.}
+    assert [p['t'] for p in convert('video_points', late)['conversations'][0]['messages'][1]['points']['points']] == [0, 2.5]
+    short = convert('video_points', {**late, 'video_duration': 63.})
+    assert 'start' not in short and short['conversations'][0]['messages'][1]['points']['points'][0]['t'] == 1
+    assert skipped('video_points', {**late, 'clip_start': 2.}) == 'point outside'
+    academic = convert('video_points', {'subset': 'lvvis', 'video_name': 'v1', 'category': 'Dog', 'count': 1, 'timestamps': [4.],
+                                        'points': [[{'x': 10, 'y': 20}]], 'video_duration': 90., 'clip_start_time': 3., 'clip_end_time': 60.})
+    assert (academic['start'], academic['end'], academic['video']) == (3, 60, {'path': 'v1'}) and 'dog' in said(academic)[0][1]
+    held_out = convert('video_points', {**row, 'points': [{'x': 10, 'y': 20}, {'x': 12, 'y': 25}], 'width': 200, 'height': 100})
+    assert found(held_out) == [(.05, .2), (.06, .25)]
 
 
 TRACK = {'id': 'k1', 'video': 'seq_01', 'fps': 6, 'expression': 'the white horse', 'sampling_fps': 1, 'width': 200, 'height': 100,

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from hub import Hub  # noqa: E402
 from data import Dataset, normalise  # noqa: E402
 from media import BadRow, load_image, load_video, open_media  # noqa: E402
 
-FIELDS = 'name stages task group rate hub config split validation examples style converter media automatic instructions'.split()
+FIELDS = 'name stages task group rate hub config tables split validation examples style converter media automatic instructions'.split()
 
 
 def jpeg(i, size=(40, 30)):
@@ -90,11 +91,13 @@ def test_every_line_of_the_table_can_be_followed():
     for e in entries:
         assert e['automatic'] in ('yes', 'manual') and e['split'] and e['stages'], e['name']
         if e['automatic'] == 'yes':
-            assert e['converter'] in CONVERTERS and e['hub'].count('/') == 1, e['name']
+            assert e['converter'] in CONVERTERS, e['name']
+            assert e['hub'].count('/') == 1 or e['tables'].startswith(('http', 'inside:')), e['name']
             assert e['media'] in ('urls', 'embedded', 'none') or all(
-                x.startswith(('hub:', 'http')) for x in e['media'].split()), e['name']
+                x.startswith(('hub:', 'http', 'parts:')) for x in e['media'].split()), e['name']
         else:
             assert 'source/' in e['instructions'] or 'no converter' in e['instructions'], e['name']
+            assert not e['instructions'].startswith('Put'), e['name']          # says what, and from where
             assert e['converter'] in CONVERTERS or 'no converter' in e['instructions'], e['name']
 
 
@@ -155,6 +158,15 @@ def test_archives_are_searched_by_path_end_and_name(tmp_path):
     assert a.read('c.png') == a.read('deep/c.png') == b'three' and a.read('horse') == [b'f0', b'f1']
     with pytest.raises(BadRow):
         a.read('missing')
+    (tmp_path / 'other/deep').mkdir(parents=True)
+    (tmp_path / 'other/deep/c.png').write_bytes(b'another')          # the same path: which is meant?
+    (tmp_path / 'other/Annotations/horse').mkdir(parents=True)
+    (tmp_path / 'other/Annotations/horse/0.png').write_bytes(b'mask')
+    a = download.Archives([tmp_path / 'a.zip', tmp_path / 'source', tmp_path / 'other'])
+    assert a.read('horse') == [b'f0', b'f1']
+    with pytest.raises(BadRow) as e:
+        a.read('c.png')
+    assert e.value.reason == 'several of that name'
 
 
 # -- a whole dataset
@@ -208,6 +220,8 @@ def test_killed_again_and_again_the_files_are_the_same(hub, tmp_path):
     for i in range(225 * wanted):
         hub.media[f'{i}.jpg'] = jpeg(i, (16, 16))
         rows.append({'image_url': f'{hub.url}/media/{"gone" if i % 7 == 3 else "fine"}/{i}.jpg', 'caption': f'Picture {i}.', 'transcripts': []})
+        if i % 50 == 0:                      # more than one record has
+            rows += [{**rows[-1], 'caption': f'Again {j}.'} for j in range(20)]
     store(hub, 'o/cap', 'train.parquet', rows)
     entry = {'name': 'cap', 'hub': 'o/cap', 'converter': 'caption', 'examples': str(len(rows)), 'validation': '90'}
     table(tmp_path / 'table.csv', entry)
@@ -260,26 +274,44 @@ def test_embedded_pictures_archives_and_what_is_fetched_by_hand(hub, tmp_path):
           {'name': 'mine', 'hub': 'example.org/form', 'converter': 'qa', 'media': 'folder', 'automatic': 'manual',
            'instructions': 'Ask for it; put train.csv and the videos under data/mine/source/'})
     (tmp_path / 'data/.archives').mkdir(parents=True)
-    whole = (zips / 'train2014.zip').read_bytes()
-    (tmp_path / 'data/.archives/train2014.zip.part').write_bytes(whole[:300])      # an earlier run was killed
+    whole, address = (zips / 'train2014.zip').read_bytes(), f'{hub.url}/cdn/zips/train2014.zip'
+    archive = tmp_path / f'data/.archives/{hashlib.sha256(address.encode()).hexdigest()[:8]}-train2014.zip'
+    Path(f'{archive}.part').write_bytes(whole[:300])       # an earlier run was killed
     dry = run(hub, tmp_path, '--stage', 'pretraining', '--dry-run').stdout
-    assert '1 tables' in dry and 'manual' in dry and not (tmp_path / 'data/chart').exists()
+    assert '1 tables' in dry and f'1 archives, {len(whole) / 1e6:.1f} MB' in dry and 'manual' in dry and not (tmp_path / 'data/chart').exists()
     out = run(hub, tmp_path, '--stage', 'pretraining', '--num-samples', '3').stdout
     assert 'mine: to be fetched by hand' in out
     assert len(records(tmp_path / 'data/chart')) == 3 and 'Look.\nAnswer: 4' in (tmp_path / 'data/chart/train.jsonl').read_text().replace('\\n', '\n')
     assert [r['id'] for r in records(tmp_path / 'data/vqa')] == ['vqa-0'] and 'not in the archives 1' in out
-    assert (tmp_path / 'data/.archives/train2014.zip').read_bytes() == whole
+    assert archive.read_bytes() == whole
     (track,) = records(tmp_path / 'data/tracks')
     times, frames = load_video(open_media(tmp_path / 'data/tracks', track['video']), 8)
     assert list(times) == [0, .5, 1, 1.5] and normalise(track)
     source = tmp_path / 'data/mine/source'
     source.mkdir(parents=True)
-    (source / 'train.csv').write_text('video,question,answer\nv1,What?,A cat.\nv9,Who?,Nobody.\n')
+    (source / 'train.csv').write_text('video,question,answer,start,end\nv1,What?,A cat.,0,1\nv9,Who?,Nobody.,0,1\nv1,And then?,It sleeps.,1,2\n')
     (source / 'v1.mp4').write_bytes(download.encode([np.zeros((32, 32, 3), np.uint8)] * 4, 2))
     run(hub, tmp_path, '--datasets', 'mine')
-    assert [r['conversations'][0]['messages'][1]['content'] for r in records(tmp_path / 'data/mine')] == ['A cat.']
+    first, then = records(tmp_path / 'data/mine')
+    assert [r['conversations'][0]['messages'][1]['content'] for r in (first, then)] == ['A cat.', 'It sleeps.']
+    assert first['video'] == then['video'] and (then['start'], then['end']) == (1, 2)           # stored once
     told = run(hub, tmp_path, '--show-manual-instructions').stdout
     assert 'Ask for it' in told and 'chart' not in told
+
+
+def test_a_picture_with_many_conversations_is_fetched_and_stored_once(hub, tmp_path):
+    hub.media['a.jpg'], hub.media['b.jpg'] = jpeg(0), jpeg(1)
+    store(hub, 'o/qa', 'train.parquet', [{'image_url': f'{hub.url}/media/fine/{"ba"[i % 40 < 39]}.jpg', 'question': f'What {i}?', 'answer': 'This.'}
+                                         for i in range(40)])
+    table(tmp_path / 'table.csv', {'name': 'qa', 'hub': 'o/qa', 'converter': 'qa'},
+          {'name': 'held', 'hub': 'o/qa', 'converter': 'qa', 'stages': 'eval', 'split': 'train'})
+    run(hub, tmp_path, '--stage', 'pretraining', '--include-eval')
+    made = records(tmp_path / 'data/qa')
+    assert [len(r['conversations']) for r in made] == [16, 16, 7, 1] and len({r['images'][0] for r in made}) == 2
+    with tarfile.open(tmp_path / 'data/qa/media-00000.tar') as tar:
+        assert len(tar.getnames()) == 2
+    assert hub.asked['/media/fine/a.jpg'] == 2 and len(records(tmp_path / 'data/held', 'validation')) == 4         # once for each set
+    assert 'held' not in run(hub, tmp_path, '--stage', 'pretraining', '--list').stdout
 
 
 def test_mistakes_are_one_line(hub, tmp_path):
@@ -305,8 +337,17 @@ def test_tables_of_every_kind_with_broken_bytes(tmp_path):
     (tmp_path / 'b.json').write_text('{"v1": {"a": 2}}')
     (tmp_path / 'a.tsv').write_text('a\tb\n1\t2\n')
     (tmp_path / 'a.csv').write_text('v1,[0:5],no,x,y,Q?,yes\n')
+    (tmp_path / 'b.csv').write_text('gif_name\tquestion\nx\tWhat, how?\n')
+    (tmp_path / 'c.json').write_text('{"imageName": "0.png", "questions": {"Q": {"correctAnswer": 1}}}')
+    (tmp_path / 'd.json').write_text('{"database": {"v1": {"subset": "training"}, "v2": {"subset": "testing"}}}')
+    (tmp_path / 'b.jsonl').write_text('["q", "a"]\n["Q", 2]\n\n["R", 3]\n')
+    (tmp_path / 'a.txt').write_text('V1 0.0 6.9##a person sits.\n')
     read = lambda name: list(download.rows(tmp_path / name))
     assert read('a.jsonl') == [{'a': 'x\ufffd'}, {}] and read('a.json') == [{'a': 1}] and read('b.json') == [{'video_id': 'v1', 'a': 2}]
+    assert read('b.csv') == [{'gif_name': 'x', 'question': 'What, how?'}] and read('a.txt') == [{'line': 'V1 0.0 6.9##a person sits.'}]
+    assert read('c.json') == [{'imageName': '0.png', 'questions': {'Q': {'correctAnswer': 1}}}]
+    assert list(download.rows(tmp_path / 'd.json', 'training')) == [{'video_id': 'v1', 'subset': 'training'}]
+    assert read('b.jsonl') == [{'q': 'Q', 'a': 2}, {'q': 'R', 'a': 3}]
     assert read('a.tsv') == [{'a': '1', 'b': '2'}] and read('a.csv')[0]['5'] == 'Q?'
     broken = pyarrow.StringArray.from_buffers(
         2, pyarrow.array([0, 4, 6], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b'caf\xe9ok'))
@@ -319,74 +360,146 @@ def test_tables_of_every_kind_with_broken_bytes(tmp_path):
 def miniature(entry, hub, i):
     """Row i of a dataset in its true schema."""
     url, image = f'{hub.url}/media/fine/{i}.jpg', {'bytes': jpeg(i), 'path': None}
-    in_archive, style = f'mini_{i}.jpg', entry['style']
+    in_archive, style, name = f'mini_{i}.jpg', entry['style'], entry['name']
     qas = {'question': ['Highest?'], 'explanation': ['Look.'], 'answer': ['4']}
     choices = {'question': 'Which?', 'choices': ['no', 'yes'], 'answer_idx': 1, 'direct_answers': ['yes'] * 3}
+    options, below = {'question': f'Which {i}?', 'options': ['no', 'yes']}, f'Which {i}?\nA. no\nB. yes'
+    track = {'id': '1', 'video': 'horse', 'expression': 'horse', 'fps': 2, 'width': 40, 'height': 30, 'frame_trajectories': [
+        {'frame': t, 'time': t / 2, 'points': [{'id': 0, 'point': [20., 15.], 'occluded': False}]} for t in range(4)]}
+    by_name = {
+        'a-okvqa-da': choices | {'image': in_archive},     # one table for both
+        'eval-a-okvqa-da': choices | {'image': in_archive},
+        'eval-a-okvqa-mc': choices | {'image': in_archive},
+        'ok-vqa': {'image': in_archive, 'image_id': i, 'qas': [{'question': 'What?', 'question_id': 1, 'answers': [{'raw_answer': 'cat'}]}]},
+        'chart-qa': {'image': image, 'query': 'Highest?', 'label': ['4'], 'human_or_machine': 0},
+        'science-qa-img': {'image': image, 'question': 'Which?', 'hint': 'Look.', 'choices': ['no', 'yes'], 'answer': 1},
+        'dvqa': {'image': in_archive, 'question': 'Highest?', 'answer': '4', 'question_id': f'{i}', 'answer_bbox': []},
+        'figureqa': {'image_index': i, 'question_string': 'Is red highest?', 'answer': i % 2, 'question_id': i},
+        'plotqa': {'image_index': i, 'question_string': 'Highest?', 'answer': 4.5, 'question_id': i},
+        'perception-test': {'metadata': {'video_id': 'clip'}, 'mc_question': [options | {'id': 0, 'answer_id': 1}]},
+        'star': {'video_id': 'clip', 'start': 0., 'end': 1., 'question': 'What?', 'answer': 'yes',
+                 'choices': [{'choice_id': 0, 'choice': 'no'}, {'choice_id': 1, 'choice': 'yes'}]},
+        'mathvista': {'pid': '1', 'decoded_image': image, 'question': 'Which?', 'choices': ['1', '2'] if i else None, 'answer': '2'},
+        'mmmu': {'id': '1', 'question': '<image 1> What?', 'options': "['no', 'yes']", 'answer': 'B', 'image_1': image, 'image_2': None},
+        'realworldqa': {'image': image, 'question': 'Which?', 'answer': 'B'},
+        'countbench-qa': {'image': image, 'question': 'How many cups are there?', 'count': 3, 'example_id': 'x', 'image_url': url},
+        'eval-ai2d': {'image': image, 'question': 'Which?', 'options': ['no', 'yes'], 'answer': '1'},
+        'eval-science-qa': {'image': image, 'question': 'Which?', 'hint': '', 'choices': ['no', 'yes'], 'answer': 1},
+        'pixmo-points-eval': {'image_url': url, 'label': 'cup', 'points': [{'x': 5., 'y': 9.}], 'masks': [[True]]},
+        'point-bench': {'image_filename': in_archive, 'mask_filename': 'mask.png', 'category': 'spatial', 'user_input': 'Point to the cup.'},
+        'screenspot-v2': {'instruction': 'close', 'bbox': [10, 5, 4, 4], 'img_filename': in_archive},
+        'screenspot-pro': {'instruction': 'close', 'bbox': [10, 5, 14, 9], 'img_filename': in_archive, 'id': '1'},
+        'osworld-g': {'image': image, 'instruction': 'close', 'box_coordinates': [10, 5, 4, 4], 'box_type': 'bbox', 'id': '1'},
+        'muirbench': {'idx': i, 'image_list': [image, image], 'question': 'Which?', 'options': ['no', 'yes'], 'answer': 'B'},
+        'mmiu': {'input_image_path': [in_archive], 'question': 'Which?', 'options': 'A: no\nB: yes', 'output': 'B', 'context': ''},
+        'blink': {'idx': '1', 'image_1': image, 'image_2': None, 'prompt': 'Which?', 'choices': ['no', 'yes'], 'answer': '(B)'},
+        'mvbench': {'video': 'clip.mp4', 'question': 'Which?', 'candidates': ['no', 'yes'], 'answer': 'yes', 'start': 0., 'end': 1.},
+        'tomato': options | {'key': 'clip', 'answer': 1, 'demonstration_type': 'human', 'motion_type': 'x'},
+        'motionbench': {'key': 'k', 'video_path': 'clip.mp4', 'qa': [{'uid': '1', 'question': below, 'answer': 'B'},
+                                                                     {'uid': '2', 'question': below, 'answer': 'NA'}]},
+        'temporalbench': {'idx': i, 'video_name': 'videos/clip.mp4', 'question': below, 'GT': 'B'},
+        'tempcompass': {'video_id': 'clip', 'question': below, 'answer': 'B. yes', 'dim': 'action'},
+        'eval-perception-test': {'mc_question': [options | {'answer_id': 1}]},
+        'ego-schema': {'video_idx': 'clip', 'question_idx': '1', 'question': 'Which?', 'option': ['A. no', 'B. yes'], 'answer': '1'},
+        'eval-next-qa': {'video': 'clip', 'question': f'which {i}', 'a0': 'no', 'a1': 'yes', 'a2': 'x', 'a3': 'y', 'a4': 'z', 'answer': 1},
+        'video-mme': {'videoID': 'clip', 'video_id': '001', 'question': 'Which?', 'options': ['A. no', 'B. yes'], 'answer': 'B'},
+        'video-eval-pro': {'video': 'clip.mp4', 'question': 'Which?', 'options': ['A. no', 'B. yes'], 'answer': 'B'}}
     by_converter = {
         'caption': {'image_url': url, 'caption': f'Picture {i}.', 'transcripts': ['well'] * (i % 2)},
         'tagged_qa': {'image_url': url, 'question': '[USER] What? [ASSISTANT]', 'answer': 'This.', 'messages': []},
         'qa': {'image_url': url, 'image_sha256': None, 'question': 'What?', 'answer': 'This.'},
-        'points': {'image_url': url, 'label': 'cup', 'count': 1, 'points': {'x': [10], 'y': [5]} if 'count' in entry['name'] else [{'x': 5., 'y': 9.}]},
+        'points': {'image_url': url, 'label': 'cup', 'count': 1, 'points': {'x': [10], 'y': [5]} if 'count' in name else [{'x': 5., 'y': 9.}]},
         'question_points': {'id': '1', 'image': image, 'questions': ['Point.'], 'answer_points': [{'x': [5.], 'y': [9.]}], 'names': ['bar']},
+        'explained_points': {'image_url': url, 'question': 'Why?', 'response': 'The <x>cup</x>.', 'points': [[{'x': 5., 'y': 9.}]]},
+        'several_points': {'image_urls': [url, url], 'labels': ['cup'], 'points': [[[{'x': 5., 'y': 9.}], []]], 'counts': [1]},
         'messages': {'id': '1', 'source': 'x', 'messages': [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]},
+        'llava': {'id': '1', 'data_source': 'x', 'video': 'NextQA/clip.mp4', 'conversations': [
+            {'from': 'human', 'value': f'<image>\nWhat {i}?'}, {'from': 'gpt', 'value': 'This.'}]},
         'hardcodes': {'questions': ['Who?'], 'response': 'A model.', 'images': [image] if i % 2 else []},
         'vqa': {'image': in_archive, 'message_list': [{'question': 'How many?', 'answers': ['2'] * 3}], 'metadata': {'x': 1}},
         'choice': {'image': in_archive, 'message_list': [choices], 'difficult_direct_answer': False},
         'explained_qa': {'id': '1', 'image': image, 'qa_pairs': qas},
-        'track': {'id': '1', 'video': 'horse', 'expression': 'horse', 'fps': 2, 'width': 40, 'height': 30, 'frame_trajectories': [
-            {'frame': t, 'time': t / 2, 'points': [{'id': 0, 'point': [20., 15.], 'occluded': False}]} for t in range(4)]},
+        'clevrer': {'video_filename': 'clip.mp4', 'questions': [{'question': f'What {i}?', 'answer': 'red'}]},
+        'moments': {'qid': i, 'vid': 'clip', 'query': f'a cup {i}', 'relevant_windows': [[0, 2]], 'duration': 2},
+        'label': {'line': f'clip 0.0 1.{i}##a person sits.'},
+        'problems': {'question': 'How many?', 'answer': '3', 'choices': None, 'split': 'train'},
+        'track': track,
         'funqa': {'task': 'H2', 'visual_input': 'clip.mp4', 'instruction': 'Describe.', 'output': f'He falls {i}.'},
         'video_caption': {'video_path': 'clip.mp4', 'motion_caption': f'It spins {i}.'}}
-    row = by_converter[entry['converter']]
+    row = by_name.get(name) or by_name.get(name.removeprefix('eval-')) or by_converter[entry['converter']]
     if entry['converter'] == 'explained_qa' and entry['media'] == 'urls':
         row = {'image_urls': [url, f'{hub.url}/media/fine/{i + 1}.jpg'], 'qa_pairs': {'question': ['Which?'], 'answer': ['First.']}}
     elif 'SynMultiImage' in entry['hub']:
         row = {'id': '1', 'images': [image, image], 'qa_pairs': qas, 'metadata': {'num_images': 2}}
-    elif entry['name'] == 'a-okvqa-da':      # the table of a-okvqa-mc
-        row = by_converter['choice']
-    elif entry['name'] == 'ok-vqa':
-        row = {'image': in_archive, 'image_id': i, 'qas': [{'question': 'What?', 'question_id': 1, 'answers': [{'raw_answer': 'cat'}]}]}
-    elif entry['name'] == 'chart-qa':
-        row = {'image': image, 'query': 'Highest?', 'label': ['4'], 'human_or_machine': 0}
-    elif entry['name'] == 'science-qa-img':
-        row = {'image': image, 'question': 'Which?', 'hint': 'Look.', 'choices': ['no', 'yes'], 'answer': 1}
     elif style == 'mantis_instruct_mc':
         row = {'images': [in_archive], 'mc_question': ['Which?'], 'choices': [['no', 'yes']], 'correct_choice_idx': [1], 'example_id': '1'}
     return row
 
 
-def test_from_the_hub_to_five_steps_of_both_stages(hub, tmp_path):
-    entries = [e for e in csv.DictReader(open(ROOT / 'prepare/datasets.csv', newline=''))
-               if e['automatic'] == 'yes' and {'1', '2'} & set(e['stages'].split(','))]
+def offer(entry, hub):
+    """Puts a miniature of a dataset where its line says that it is; returns its line with the addresses of our hub."""
+    e, clip = dict(entry), download.encode([np.full((48, 64, 3), 60 * i, np.uint8) for i in range(4)], 2)
+    inside = {'videos/clip.mp4': clip} | {f'train2014/mini_{i}.jpg': jpeg(i) for i in range(4)}
+    inside |= {f'frames/horse/{i:05d}.jpg': jpeg(i) for i in range(4)} | {f'png/{i}.png': jpeg(i) for i in range(4)}
+    if e['name'] == 'tabmwp-da':             # the name is the place
+        inside = {f'{i}.png': jpeg(i) for i in range(4)}
+    places = {}
+    for split, _ in download.splits(e):
+        rows = [miniature(e, hub, i) for i in range(4)]
+        whole = {'clip': rows[0]} if 'perception' in e['name'] else {f'{i}': r for i, r in enumerate(rows)} if e['name'] in ('tomato', 'tabmwp-da') else \
+            {'qa_pairs': rows} if 'image_index' in rows[0] else rows
+        write = lambda path: '\n'.join(map(json.dumps, rows)) if path.endswith('.jsonl') else '\n'.join(r['line'] for r in rows) \
+            if path.endswith('.txt') else json.dumps(whole)
+        where = e['tables'].replace('{split}', split)
+        if not where:
+            store(hub, e['hub'], f"{e['config'] or 'data'}/{split}-00000.parquet", rows)
+        elif where.startswith('inside:'):
+            inside[where.removeprefix('inside:').replace('*', 'x/')] = write(where).encode()
+        else:
+            for i, place in enumerate(where.split()):
+                http = place.startswith('http')
+                path = f"{e['name']}-{split}-{i}{Path(place).suffix}" if http else place.replace('*', f'-{i}-mini-')
+                path = hub.folder / ('tables' if http else f"datasets/{e['hub']}") / path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(write(place))
+    if e['tables'].startswith('http'):
+        e['tables'] = ' '.join(f"{hub.url}/cdn/tables/{e['name']}-{{split}}-{i}{Path(place).suffix}" for i, place in enumerate(e['tables'].split()))
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, 'w') as z:
-        for i in range(4):
-            z.writestr(f'train2014/mini_{i}.jpg', jpeg(i))
-            z.writestr(f'frames/horse/{i:05d}.jpg', jpeg(i))
-        z.writestr('videos/clip.mp4', download.encode([np.full((48, 64, 3), 60 * i, np.uint8) for i in range(4)], 2))
+        for name, data in inside.items():
+            z.writestr(name, data)
+    for place in e['media'].split():
+        data = b'PK\x05\x06' + bytes(18) if places else archive.getvalue()         # the others are empty
+        data = clip if place.startswith('hub:') and 'MotionBench' in place else data
+        if place.startswith('http'):
+            path = hub.folder / 'zips' / f"{e['name']}-{len(places)}.zip"
+            places[f'{hub.url}/cdn/zips/{path.name}'] = path, data
+        elif place.startswith(('hub:', 'parts:')):
+            kind, repo, pattern = place.split(':')
+            name = 'clip.mp4' if data is clip else 'mini.zip'
+            pattern = re.sub(r'\*[^/]*$', '*', pattern)     # a zip by whatever name
+            root = hub.folder / 'datasets' / repo
+            if kind == 'parts':
+                places[f'{place}'] = root / pattern.replace('*', 'a'), data[:500]
+                places[f'{place} '] = root / pattern.replace('*', 'b'), data[500:]
+            else:
+                places[f'hub:{repo}:{pattern}'] = root / pattern.replace('*', name if pattern.endswith('*') else 'mini', 1).replace('*', name), data
+        else:
+            places[place] = None, b''
+    for path, data in places.values():
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    return {**e, 'media': ' '.join(dict.fromkeys(map(str.strip, places)))}
+
+
+def test_from_the_hub_to_five_steps_of_both_stages(hub, tmp_path):
+    entries = [e for e in csv.DictReader(open(ROOT / 'prepare/datasets.csv', newline='')) if e['automatic'] == 'yes']
     for i in range(5):
         hub.media[f'{i}.jpg'] = jpeg(i)
-    for e in entries:
-        for split, _ in download.splits(e):
-            store(hub, e['hub'], f"{e['config'] or 'data'}/{split}-00000.parquet", [miniature(e, hub, i) for i in range(4)])
-        places = []
-        for place in e['media'].split():
-            if place.startswith('hub:'):
-                _, repo, pattern = place.split(':')
-                path = hub.folder / 'datasets' / repo / pattern.replace('*', 'mini').replace('.tarmini', '.zip')
-                place = f'hub:{repo}:{pattern}'.replace('.tar*', '.zip')
-            elif place.startswith('http'):
-                path = hub.folder / 'zips' / place.rpartition('/')[2]
-                place = f'{hub.url}/cdn/zips/{path.name}'
-            else:
-                places.append(place)
-                continue
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(archive.getvalue())
-            places.append(place)
-        e['media'] = ' '.join(places)
+    entries = [offer(e, hub) for e in entries]
     table(tmp_path / 'table.csv', *entries)
-    args = ['--stage', 'all', '--workers', '4']
+    args = ['--workers', '4', '--datasets', *(e['name'] for e in entries)]
     for _ in range(2):                         # killed twice on the way
         process = subprocess.Popen(command(hub, tmp_path, *args), env=environment(hub, tmp_path), stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)
@@ -400,7 +513,15 @@ def test_from_the_hub_to_five_steps_of_both_stages(hub, tmp_path):
         manifest = json.loads((tmp_path / 'data' / e['name'] / 'manifest.json').read_text())
         assert not any(k.startswith('left out') for k in manifest['counts']), (e['name'], manifest['counts'])
         assert manifest['counts']['records'] >= 1 and e['name'] in out
+        target = 'validation' if e['stages'] == 'eval' else 'train'
+        assert normalise(records(tmp_path / 'data' / e['name'], target)[0])
     assert 'WRONG' not in run(hub, tmp_path, '--stage', 'all', '--check').stdout
+    run(hub, tmp_path, '--pages', '2')
+    index = (tmp_path / 'data/index.html').read_text()
+    assert all(f'href="{e["name"]}/sample.html"' in index for e in entries if e['stages'] != 'extra')
+    for name, text in (('pixmo-points', '1 points of &#x27;cup&#x27;'), ('mevis-track', '4 points of &#x27;horse&#x27;')):
+        page = (tmp_path / f'data/{name}/sample.html').read_text()
+        assert text in page and page.count('<img src="data:image') >= 2
 
     subprocess.run([sys.executable, ROOT / 'prepare/shapes.py', '--out', tmp_path / 'world', '--num', '10', '--num_clocks', '5', '--num_text',
                     '5', '--num_clips', '8', '--num_validation', '5', '--workers', '1'], check=True, capture_output=True)
