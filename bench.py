@@ -378,8 +378,9 @@ def bench_step(settings, repeats, seed):
     (seconds,), (loss,) = interleave([step], repeats)
     speed, peak = train.flops(model, batch) / seconds, train.peak_flops(dev)
     print(f"{settings['out_dir']}: {len(rows)} rows of {settings['seq_len']:,} tokens in {str(amp)[6:]}, recompute "
-          f"{settings['recompute']}, compile {settings['compile']}: {seconds:.3f} s a step, {batch['n_tokens'] / seconds:,.0f} "
-          f"tokens/s, {speed / 1e12:.2f} TFLOP/s" + (f', MFU {speed / peak:.1%}' if peak else '') + f'; loss {loss:.3f}')
+          f"{settings['recompute']}, compile {settings['compile']}: {seconds:.3f} s a step, "
+          f"{batch['n_tokens'] / seconds:,.0f} tokens/s, {speed / 1e12:.2f} TFLOP/s"
+          + (f', MFU {speed / peak:.1%}' if peak else '') + f'; loss {loss:.3f}')
     patches = sum(batch[x].shape[0] * batch[x].shape[1] for x in ('patches', 'frames') if x in batch)
     memory = memory_estimate(model, len(rows), settings['seq_len'], settings['recompute'], amp, patches / len(rows))
     print('memory: ' + (f'peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, ' if dev.type == 'cuda' else '')
@@ -396,7 +397,8 @@ def bench_step(settings, repeats, seed):
         return [x.sum().item() for x in (out, *torch.autograd.grad(out, qkv, torch.ones_like(out)))]
     seconds, sums = interleave([lambda m=m: attend(m) for m in masks], repeats)
     print(f"attention of one row, forward and backward: {'FlexAttention' if dev.type == 'cuda' else 'by segments'} "
-          f'{seconds[0] * 1e3:.1f} ms, SDPA with a dense mask {seconds[1] * 1e3:.1f} ms, {seconds[1] / seconds[0]:.1f} times as '
+          f'{seconds[0] * 1e3:.1f} ms, SDPA with a dense mask {seconds[1] * 1e3:.1f} ms, '
+          f'{seconds[1] / seconds[0]:.1f} times as '
           f'long; sums {sums[0][0]:.4g} and {sums[1][0]:.4g}')
 
 

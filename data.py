@@ -625,7 +625,7 @@ def share_rows(batch, index, n):
     crops, whose features all ranks gather, those of rank 0 first (model.py, VLM.see). What masks are made of stays
     whole: document_ids, branch_ids and, as `row_tokens`, the tokens.
     """
-    (B, L), cut = batch['tokens'].shape, dict(batch)
+    L, cut = batch['tokens'].shape[1], dict(batch)
     size = -(-L // n)
     mine = slice(index * size, (index + 1) * size)
     for key in ('tokens', 'targets', 'loss_weights', 'position_ids', 'document_ids', 'branch_ids'):

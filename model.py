@@ -918,8 +918,8 @@ class VLM(nn.Module):
 
 
 def compile_blocks(model, memory_budget=1., **how):
-    """Compiles each block, to keep that share of its activations for the backward pass. Not what is around them, nor attention in pieces: both differ from batch to batch, or compile
-    what they call themselves."""
+    """Compiles each block, to keep that share of its activations for the backward pass. Not what is around them, nor
+    attention in pieces: both differ from batch to batch, or compile what they call themselves."""
     from torch._functorch import config
     config.activation_memory_budget = memory_budget
     for owner, name in ((Segments, 'attend'), (Ulysses, 'attend'), (sys.modules[__name__], 'crop_attention')):

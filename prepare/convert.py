@@ -38,11 +38,11 @@ VIDEO_CAPTION = {
                                    'Write the longest description of this clip that you can.'),
     'aggregated_caption': ('Describe everything that happens in this video, with every detail.',),
     'motion_caption': ('Describe the movements in this video.', 'What moves here, and how?')}
-POINT = ('Point to every {}.', 'Point at each {} in the image.', 'Show me where the {} is, if there is any.', 'Locate: {}.',
-         'Mark all of these: {}.', 'Where can I find {}? Point.', 'pointing: {}')
+POINT = ('Point to every {}.', 'Point at each {} in the image.', 'Show me where the {} is, if there is any.',
+         'Locate: {}.', 'Mark all of these: {}.', 'Where can I find {}? Point.', 'pointing: {}')
 COUNT = ('How many {} are there?', 'Count the {}.', 'What is the number of {} here?', 'How many {} can you see?')
-TRACK = ('Track the {}.', 'Follow the {} through the video.', 'Where is the {}, at every moment?', 'Point to the {} in each '
-         'frame.')
+TRACK = ('Track the {}.', 'Follow the {} through the video.', 'Where is the {}, at every moment?',
+         'Point to the {} in each frame.')
 GROUND = ('Where does the {} first and last appear?', 'Point to the {} when it is first seen and when it is last seen.')
 FOLLOW = ('Track what is at this point:', 'Follow the object marked here:', 'Where does this go?')
 NO_POINTS = ('Just answer, without pointing.', 'No points, please.', 'Give the number only in words or digits.',
@@ -251,7 +251,8 @@ def messages(row, style, chance):
     """Chat: messages[{role, content}] (Tulu), with allenai/molmo2-tulu4-classified's flags and categories where given."""
     if row.get('empty_messages') or row.get('has_special_token'):
         raise Skip('flagged')
-    if row.get('category') in ('code', 'non-english') or re.search(r'puzzle|verifiable|hard.?coded', row.get('source') or ''):
+    source = row.get('source') or ''
+    if row.get('category') in ('code', 'non-english') or re.search(r'puzzle|verifiable|hard.?coded', source):
         raise Skip('category')
     if (row.get('first_message_qwen3_tokens') or 0) > 4096:
         raise Skip('long question')
@@ -412,10 +413,11 @@ def options_of(item, chance):
     if options and isinstance(options[0], dict):           # CLEVRER and STAR say of each whether it is right
         right = [i for i, o in enumerate(options) if clean(o.get('answer')).lower() in ('correct', 'true', '1')]
         options = [o.get('choice') for o in options]
-        answer = item.get('answer') if not right and item.get('answer') is not None else right[0] if len(right) == 1 else None
+        answer = right[0] if len(right) == 1 else None if right else item.get('answer')
     else:
-        answer = next((item[k] for k in ('answer_idx', 'answer_id', 'correct_choice', 'correct_choice_idx', 'correct_answer',
-                                         'correctAnswer', 'answer', 'output', 'Answer', 'answer_key_position') if item.get(k) is not None), None)
+        answer = next((item[k] for k in (
+            'answer_idx', 'answer_id', 'correct_choice', 'correct_choice_idx', 'correct_answer', 'correctAnswer', 'answer',
+            'output', 'Answer', 'answer_key_position') if item.get(k) is not None), None)
     marked = [re.match(r'\(?([A-Za-z])[.):]\s*', clean(o)) for o in options]
     if options and all(m and m[1].upper() == chr(65 + i) for i, m in enumerate(marked)):
         options = [clean(o)[m.end():] for o, m in zip(options, marked)]
@@ -448,7 +450,8 @@ def choose(question, options, right, style, chance):
         labels = [k.lower() for k in labels]
     elif alphabet != 'A':
         roman = 'i ii iii iv v vi vii viii ix x'.split()
-        labels = roman[:len(options)] if alphabet == 'i' and len(options) <= 10 else [str(i + 1) for i in range(len(options))]
+        numbers = [str(i + 1) for i in range(len(options))]
+        labels = roman[:len(options)] if alphabet == 'i' and len(options) <= 10 else numbers
     mark = chance.choice(('{}. {}', '{}) {}', '{}: {}', '({}) {}'))
     if chance.random() < .2:                 # no labels at all
         shown_options, answer = options, options[right]
@@ -505,7 +508,7 @@ def funqa(row, style, chance):
 
 
 def label(row, style, chance):
-    """A clip and the name of what is done in it; the question is worded here. Charades-STA: a line "video start end##what"."""
+    """A clip and the name of what is done in it; the question is worded here. Of Charades-STA: "video start end##what"."""
     if 'line' in row:
         place, _, answer = row['line'].partition('##')
         row = {**dict(zip(('video', 'start', 'end'), place.split())), 'label': answer}
@@ -660,5 +663,5 @@ def clocks(row, style, chance):
 
 CONVERTERS = {f.__name__: f for f in (
     caption, qa, tagged_qa, messages, llava, hardcodes, points, question_points, explained_points, several_points,
-    explained_qa, vqa, choice, clevrer, funqa, label, segments, antonym, repetitions, problems, video_caption, actor_captions, moments, video_points, track, box_point,
-    mask_point, clocks)}
+    explained_qa, vqa, choice, clevrer, funqa, label, segments, antonym, repetitions, problems, video_caption,
+    actor_captions, moments, video_points, track, box_point, mask_point, clocks)}

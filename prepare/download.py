@@ -397,7 +397,8 @@ def grouped(entry, files, split, path):
         db.execute('BEGIN')
         db.execute('CREATE TABLE keys (key TEXT PRIMARY KEY, first INTEGER) WITHOUT ROWID')
         db.execute('CREATE TABLE drafts (first INTEGER, draft TEXT)')
-        for n, draft in enumerate(tqdm(drafts_of(entry, files, split), desc=f"{entry['name']}: rows", unit='row', disable=None)):
+        drafts = tqdm(drafts_of(entry, files, split), desc=f"{entry['name']}: rows", unit='row', disable=None)
+        for n, draft in enumerate(drafts):
             first = n
             if not isinstance(draft, str) and draft['key'] is not None:
                 db.execute('INSERT OR IGNORE INTO keys VALUES (?, ?)', (draft['key'], n))
@@ -405,7 +406,8 @@ def grouped(entry, files, split, path):
             try:
                 db.execute('INSERT INTO drafts VALUES (?, ?)', (first, json.dumps(draft)))
             except TypeError:                # bytes
-                raise Trouble(f"its rows hold their pictures: media is 'embedded', not {entry['media']!r}, in the table") from None
+                raise Trouble("its rows hold their pictures: in the table, media must be 'embedded', not "
+                              f"{entry['media']!r}") from None
         db.execute('CREATE INDEX place ON drafts (first)')
         db.execute('COMMIT')
         db.close()
@@ -549,8 +551,8 @@ class Writer:
             with open(path, 'r+b') as f:
                 f.truncate(self.state['sizes'].get(path.name, 0))
         self.stored = sqlite3.connect(folder / 'media.sqlite')
-        self.stored.execute('CREATE TABLE IF NOT EXISTS media (name TEXT PRIMARY KEY, file INTEGER, path TEXT, width INTEGER, '
-                            'height INTEGER) WITHOUT ROWID')
+        self.stored.execute('CREATE TABLE IF NOT EXISTS media (name TEXT PRIMARY KEY, file INTEGER, path TEXT, '
+                            'width INTEGER, height INTEGER) WITHOUT ROWID')
         self.stored.execute('DELETE FROM media WHERE file >= ?', (self.state['files'],))
 
     def known(self, name):
@@ -654,8 +656,8 @@ def convert_split(entry, split, target, writer, fetcher, archives, work, args):
     rate = next((float(what[4:]) for what in entry['media'].split() if what.startswith('fps:')), 6.)   # of folders of frames
     get = lambda media, draft: obtain(media, 'video' in draft, draft.get('fps') or rate, fetcher, archives, args)
     window = 4 * args.workers if entry['media'] == 'urls' else args.workers
-    bar = tqdm(ahead(drafts, get, writer.known, args.workers, window), desc=f"{entry['name']}: {target}", unit='record', disable=None,
-               initial=writer.state['place'])
+    bar = tqdm(ahead(drafts, get, writer.known, args.workers, window), desc=f"{entry['name']}: {target}", unit='record',
+               disable=None, initial=writer.state['place'])
     for place, draft, media in bar:
         writer.counts['rows'] += 1
         try:
@@ -707,7 +709,8 @@ def splits(entry):
 def prepare(entry, fetcher, args):
     """One dataset, whole; returns its manifest."""
     folder = Path(args.out) / entry['name']
-    if (manifest := read_manifest(folder)) and manifest['num_samples'] == args.num_samples and not changed(manifest, folder):
+    manifest = read_manifest(folder)
+    if manifest and manifest['num_samples'] == args.num_samples and not changed(manifest, folder):
         return manifest
     work = folder / '.work'
     settings = {'num_samples': args.num_samples, 'max_side': args.max_side, 'video_side': args.video_side,
@@ -859,8 +862,8 @@ def check(chosen, args):
             continue
         wrong = changed(manifest, folder)
         wrong += [n for n, (_, digest) in manifest['files'].items() if n not in wrong and sha256(folder / n) != digest]
-        total, lines = some_lines([folder / n for n in manifest['files'] if n.endswith('.jsonl') and (folder / n).is_file()],
-                                  args.check, random.Random(0))
+        tables = [folder / n for n in manifest['files'] if n.endswith('.jsonl') and (folder / n).is_file()]
+        total, lines = some_lines(tables, args.check, random.Random(0))
         opened = 0
         for line in lines:
             record = json.loads(line)
@@ -913,9 +916,9 @@ def report(manifests):
         share = c.get('records', 0) / max(1, c.get('rows', 0))
         print(f"{m['name']:<36}{c.get('rows', 0):>10,}{c.get('records', 0):>10,}{share:>8.1%}"
               f"{c.get('media', 0):>10,}{size / 1e6:>10,.1f}")
-        left = sorted(((n, k.removeprefix('left out: ')) for k, n in c.items() if k.startswith('left out: ')), reverse=True)
+        left = [(n, k.removeprefix('left out: ')) for k, n in c.items() if k.startswith('left out: ')]
         if left:
-            print('    left out: ' + ', '.join(f'{why} {n:,}' for n, why in left[:8]))
+            print('    left out: ' + ', '.join(f'{why} {n:,}' for n, why in sorted(left, reverse=True)[:8]))
 
 
 def main():
@@ -925,7 +928,7 @@ def main():
     parser.add_argument('--datasets', nargs='+', metavar='NAME')
     parser.add_argument('--list', action='store_true')
     parser.add_argument('--check', type=int, nargs='?', const=8, metavar='N', help='open N media of each set (8)')
-    parser.add_argument('--pages', type=int, nargs='?', const=8, metavar='N', help='index.html, and N records of each set as HTML (8)')
+    parser.add_argument('--pages', type=int, nargs='?', const=8, metavar='N', help='HTML: all sets, N records of each (8)')
     parser.add_argument('--dry-run', action='store_true')
     parser.add_argument('--show-manual-instructions', action='store_true')
     parser.add_argument('--num-samples', type=int, default=0, metavar='N', help='the first N records of each split')
@@ -957,7 +960,8 @@ def main():
     if args.show_manual_instructions:
         for e in chosen:
             if e['automatic'] != 'yes':
-                print(f"{e['name']} ({e['hub']})\n    {e['instructions']}\n    then: python prepare/download.py --datasets {e['name']}")
+                print(f"{e['name']} ({e['hub']})\n    {e['instructions']}\n"
+                      f"    then: python prepare/download.py --datasets {e['name']}")
         return
     fetcher, done, failed = Fetcher(args.per_host, args.deadline, args.max_bytes, cap=args.patience), [], 0
     if args.dry_run:

@@ -27,7 +27,8 @@ def write(chosen, out, number, states, manifests):
             counts = [f"{manifest['counts'].get(k, 0):,}" if manifest else '' for k in COUNTS]
             linked = f'<a href="{name}/sample.html">{name}</a>' if manifest else name
             size = f"{int(e['examples']):,}" if e['examples'] else ''
-            page.append('<tr><td>' + '<td>'.join([linked, e['group'], escape(e['task']), size, *counts, escape(states[name])]))
+            cells = [linked, e['group'], escape(e['task']), size, *counts, escape(states[name])]
+            page.append('<tr><td>' + '<td>'.join(cells))
         page.append('</table>')
     out.mkdir(parents=True, exist_ok=True)
     (out / 'index.html').write_text('\n'.join(page), encoding='utf-8')

@@ -40,7 +40,7 @@ def fetch(source):
         info = HfApi().model_info(source, files_metadata=True)
         wanted = [s for s in info.siblings if WANTED.fullmatch(s.rfilename)]
         if not any(s.rfilename.endswith('.safetensors') for s in wanted):
-            raise UserError(f"{source} has no safetensors, and pickles are not opened here. Name a copy that has, or a folder")
+            raise UserError(f"{source} has no safetensors; pickles are not opened here. Name a copy that has, or a folder")
         print(f"{source}: {len(wanted)} of {len(info.siblings)} files, {sum(s.size or 0 for s in wanted) / 1e9:.2f} GB")
         for s in wanted:
             path = Path(hf_hub_download(source, s.rfilename, revision=info.sha))

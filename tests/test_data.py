@@ -1,7 +1,6 @@
 """From files to batches."""
 import itertools
 import json
-import random
 import re
 import subprocess
 import sys

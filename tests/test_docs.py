@@ -2,6 +2,7 @@
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,8 @@ def test_first_command_and_its_result_come_early():
 def test_nothing_prepared_is_committed():
     tracked = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert not [p for p in tracked if p.startswith(('data/', 'out/', 'weights/'))]
+
+
+def test_the_linter_has_nothing_to_say():
+    done = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--no-cache', '.'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

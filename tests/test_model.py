@@ -8,7 +8,6 @@ import json
 import os
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -440,7 +439,7 @@ def test_greedy_generation(kind, tmp_path):
     config = no_eos(tiny_molmo2() if kind == 'molmo2' else tiny())
     model = ours(config)
     save_model(model, tmp_path)
-    peer, pictures, pool, extra = theirs(tmp_path), None, None, {}
+    peer, pictures, pool = theirs(tmp_path), None, None
     rows = [text(7), text(12, 1), text(3, 2)]
     if kind == 'llava':
         pictures = images(3)
@@ -449,7 +448,6 @@ def test_greedy_generation(kind, tmp_path):
         pictures, pool = images(3), windows(3, 4, 2)
         pool[1:7:2, 3] = -1
         rows = [text(i) + [MOLMO2_IDS[4]] + [MOLMO2_IDS[2]] * 4 + [MOLMO2_IDS[1]] + text(5 + i, 1) for i in (0, 2, 5)]
-    per_row = 0 if pictures is None else len(pool if pool is not None else windows(1, 4, 1)) // (3 if pool is not None else 1)
     batch = make_batch(config, rows, pictures, pool, left=True)
     together = generated(model, batch)
     for i, row in enumerate(rows):

@@ -107,7 +107,7 @@ def test_every_answer_is_true_of_its_picture(world):
 
         def meant(what):
             return [p for p, (c, k), s in zip(every, there, size) if all(w in (c, k, s, 'shape') for w in what.split())]
-        for q, m, _ in conversations['pointing']:
+        for _, m, _ in conversations['pointing']:
             assert [(p['x'], p['y']) for p in m['points']['points']] == [(p['x'], p['y']) for p in meant(m['points']['label'])]
         for q, m, _ in conversations['counting']:
             many = re.match(r'How many (.*) are there', q)[1]
@@ -152,7 +152,7 @@ def test_every_answer_is_true_of_its_clip(world):
             for c in row['conversations'][1:]:
                 points = (c['messages'][-1].get('points') or {}).get('points', [])
                 colour = next(iter(set((c['messages'][-1].get('points') or {}).get('label', '').split()) & set(shapes.COLOURS)), None)
-                for p in [m for p in points for m in p.get('moments', [p])]:
+                for p in [moment for point in points for moment in point.get('moments', [point])]:
                     assert inside(p['x'], p['y'], p['polygon']) and 0 <= p['t'] <= duration
                     if colour:               # what another shape hides just then may show that one's colour
                         hits.append(nearest_colour(frames[int(2 * p['t'])], p['x'], p['y']) == colour)
