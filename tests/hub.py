@@ -176,8 +176,8 @@ def main():
         path.parent.mkdir(parents=True)
         pyarrow.parquet.write_table(pyarrow.table({'image_url': urls, 'caption': ['A picture.'] * args.rows,
                                                    'transcripts': [[]] * args.rows}), path)
-        (Path(folder) / 'table.csv').write_text('name,stages,task,group,rate,hub,config,split,validation,examples,style,converter,'
-                                                'media,automatic,instructions\ncap,1,,,,o/cap,,train,,,,caption,urls,yes,\n')
+        (Path(folder) / 'table.csv').write_text('name,stages,task,group,rate,hub,config,tables,split,validation,examples,style,converter,'
+                                                'media,automatic,instructions\ncap,1,,,,o/cap,,,train,,,,caption,urls,yes,\n')
         fetcher, start = Fetcher(per_host=args.workers), time.perf_counter()
         with ThreadPoolExecutor(args.workers) as pool:
             size = sum(len(data) for data in pool.map(fetcher.get, urls))
