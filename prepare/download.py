@@ -373,11 +373,29 @@ def _json(line):
         return {}                            # a converter will miss what it needs
 
 
+def subtitles_of(entry):
+    """{video: its cues as JSON}, of the file that "subtitles:owner/name:file" among a set's media names: TVQA's lines
+    {vid_name, sub: [{start, end, text}]}, or {video: {"0": {start, end, text}, ..}} of Molmo2-VideoMME."""
+    told = {}
+    for what in entry['media'].split():
+        if what.startswith('subtitles:'):
+            revision, names = hub_files(what)
+            for path in fetch_files(what.split(':')[1], [name for name, _ in names], revision):
+                for row in rows(path):
+                    cues = row.get('sub') or [v for v in row.values() if isinstance(v, dict)]
+                    cues = [c for c in cues if {'start', 'end', 'text'} <= c.keys()]
+                    told[row.get('vid_name') or row.get('video_id')] = json.dumps(cues)
+    return told
+
+
 def drafts_of(entry, files, split):
     """The drafts of all tables, or why there is none of a row."""
+    told = subtitles_of(entry)
     for i, row in enumerate(itertools.chain.from_iterable(rows(f, split) for f in files)):
         try:
             for draft in CONVERTERS[entry['converter']](row, entry['style'], random.Random(f"{entry['name']} {i}")):
+                if told and (cues := told.get(draft.get('video', {}).get('path'))):
+                    draft['subtitles'] = json.loads(cues)
                 yield draft
         except Skip as e:
             yield str(e)

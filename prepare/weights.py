@@ -32,15 +32,27 @@ WANTED = re.compile(r'config\.json|generation_config\.json|tokenizer(_config)?\.
                     r'special_tokens_map\.json|vocab\.json|merges\.txt|[\w.-]*\.safetensors(\.index\.json)?')
 
 
+def release(source):
+    """What the hub says of a repository, or of the pull request in which the hub's robot offers safetensors for its pickles:
+    CLIP-L/336's is never merged."""
+    hub = HfApi()
+    complete = lambda info: any(s.rfilename.endswith('.safetensors') for s in info.siblings)
+    if complete(info := hub.model_info(source, files_metadata=True)):
+        return info
+    for offer in hub.get_repo_discussions(source, author='SFconvertbot', discussion_type='pull_request'):
+        if complete(info := hub.model_info(source, revision=offer.git_reference, files_metadata=True)):
+            print(f"{source} has pickles only; taking the safetensors of {offer.git_reference} by SFconvertbot")
+            return info
+    raise UserError(f"{source} has no safetensors; pickles are not opened here. Name a copy that has, or a folder")
+
+
 def fetch(source):
     """A folder with the wanted files of a hub repository; a folder stays as it is."""
     if Path(source).is_dir():
         return Path(source)
     try:
-        info = HfApi().model_info(source, files_metadata=True)
+        info = release(source)
         wanted = [s for s in info.siblings if WANTED.fullmatch(s.rfilename)]
-        if not any(s.rfilename.endswith('.safetensors') for s in wanted):
-            raise UserError(f"{source} has no safetensors; pickles are not opened here. Name a copy that has, or a folder")
         print(f"{source}: {len(wanted)} of {len(info.siblings)} files, {sum(s.size or 0 for s in wanted) / 1e9:.2f} GB")
         for s in wanted:
             path = Path(hf_hub_download(source, s.rfilename, revision=info.sha))

@@ -15,7 +15,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 REVISION = '0123456789abcdef0123456789abcdef01234567'
-CONVERTED = 'c' * 40                         # of refs/convert/parquet, kept in the folder .convert
+CONVERTED, OFFERED = 'c' * 40, 'd' * 40      # of refs/convert/parquet and refs/pr/1, kept in the folders .convert and .pr
+BRANCHES = {CONVERTED: '.convert', OFFERED: '.pr'}
 LARGE = ('.parquet', '.safetensors', '.zip')               # files that live elsewhere, behind a redirect
 
 
@@ -47,7 +48,9 @@ class Hub:
                 try:
                     parts = unquote(urlparse(self.path).path).strip('/').split('/')
                     hub.asked[self.path] += self.command == 'GET'
-                    if parts[0] == 'api':
+                    if parts[0] == 'api' and parts[4:] == ['discussions']:
+                        self.discussions('/'.join(parts[2:4]))
+                    elif parts[0] == 'api':
                         self.listing(parts[1], '/'.join(parts[2:4]), parts[5:])
                     elif parts[0] == 'media':
                         with hub.lock:
@@ -61,8 +64,7 @@ class Hub:
                     elif 'resolve' in parts:
                         i = parts.index('resolve')
                         kind = parts[0] if parts[0] == 'datasets' else 'models'
-                        branch = '.convert/' if parts[i + 1] == CONVERTED else ''
-                        self.file(hub.folder / kind / '/'.join(parts[i - 2:i]) / (branch + '/'.join(parts[i + 2:])), True)
+                        self.file(hub.folder / kind / '/'.join(parts[i - 2:i]) / BRANCHES.get(parts[i + 1], '') / '/'.join(parts[i + 2:]), True)
                     elif parts[0] == 'cdn':
                         self.file(hub.folder / '/'.join(parts[1:]), False)
                     else:
@@ -72,15 +74,23 @@ class Hub:
 
             def listing(self, kind, repo, revision):
                 root = hub.folder / kind / repo
-                sha = CONVERTED if 'convert' in '/'.join(revision) else REVISION
-                root = root / '.convert' if sha == CONVERTED else root
+                sha = CONVERTED if 'convert' in revision else OFFERED if 'pr' in revision else REVISION
+                root = root / BRANCHES.get(sha, '')
                 if not root.is_dir():
                     return self.answer(404, b'{"error": "Repository not found"}', X_Error_Code='RepoNotFound')
-                files = [p for p in sorted(root.rglob('*')) if p.is_file() and '.convert' not in p.relative_to(root).parts]
+                files = [p for p in sorted(root.rglob('*')) if p.is_file() and p.relative_to(root).parts[0] not in BRANCHES.values()]
                 body = {'id': repo, 'sha': sha, 'cardData': hub.cards.get(repo), 'private': False, 'gated': False,
                         'downloads': 0, 'likes': 0, 'tags': [],
                         'siblings': [self.sibling(p, p.relative_to(root).as_posix()) for p in files]}
                 self.answer(200, json.dumps(body).encode(), Content_Type='application/json')
+
+            def discussions(self, repo):
+                offered = (hub.folder / 'models' / repo / '.pr').is_dir() and 'author=SFconvertbot' in self.path
+                offers = [{'title': 'Adding `safetensors` variant of this model', 'num': 1, 'author': {'name': 'SFconvertbot'},
+                           'createdAt': '2026-11-22T00:00:00.000Z', 'status': 'open', 'repo': {'name': repo, 'type': 'model'},
+                           'isPullRequest': True}] if offered else []
+                self.answer(200, json.dumps({'count': len(offers), 'start': 0, 'discussions': offers}).encode(),
+                            Content_Type='application/json')
 
             def sibling(self, path, name):
                 about = {'rfilename': name, 'size': path.stat().st_size}
@@ -95,7 +105,8 @@ class Hub:
                 body = path.read_bytes()
                 etag = f'"{hashlib.sha256(body).hexdigest()}"'
                 if hub_itself and path.suffix in LARGE:
-                    return self.answer(302, X_Repo_Commit=REVISION if '.convert' not in path.parts else CONVERTED, X_Linked_Etag=etag, X_Linked_Size=str(len(body)),
+                    sha = next((sha for sha, name in BRANCHES.items() if name in path.parts), REVISION)
+                    return self.answer(302, X_Repo_Commit=sha, X_Linked_Etag=etag, X_Linked_Size=str(len(body)),
                                        Location=f'{hub.url}/cdn/{path.relative_to(hub.folder)}', ETag=etag)
                 headers = {'ETag': etag, 'Accept_Ranges': 'bytes', 'X_Repo_Commit': REVISION}
                 if (asked := self.headers.get('Range', '')).startswith('bytes='):

@@ -94,7 +94,7 @@ def test_every_line_of_the_table_can_be_followed():
             assert e['converter'] in CONVERTERS, e['name']
             assert e['hub'].count('/') == 1 or e['tables'].startswith(('http', 'inside:')), e['name']
             assert e['media'] in ('urls', 'embedded', 'none') or all(
-                x.startswith(('hub:', 'http', 'parts:')) for x in e['media'].split()), e['name']
+                x.startswith(('hub:', 'http', 'parts:', 'subtitles:')) for x in e['media'].split()), e['name']
         else:
             assert 'source/' in e['instructions'] or 'no converter' in e['instructions'], e['name']
             assert not e['instructions'].startswith('Put'), e['name']          # says what, and from where
@@ -260,6 +260,7 @@ def test_embedded_pictures_archives_and_what_is_fetched_by_hand(hub, tmp_path):
     store(hub, 'o/tracks', 'train.jsonl', [
         {'id': 'k', 'video': 'horse', 'fps': 2, 'expression': 'the horse', 'width': 40, 'height': 30,
          'frame_trajectories': [{'time': t / 2, 'points': [{'id': 0, 'point': [20, 15], 'occluded': False}]} for t in range(4)]}])
+    (hub.folder / 'datasets/o/tracks/told.json').write_text('{"horse": {"0": {"start": 0.5, "end": 1, "text": "Hey"}, "1": {"start": 2}}}')
     zips = hub.folder / 'zips'
     zips.mkdir()
     with zipfile.ZipFile(zips / 'train2014.zip', 'w') as z:
@@ -270,7 +271,7 @@ def test_embedded_pictures_archives_and_what_is_fetched_by_hand(hub, tmp_path):
     table(tmp_path / 'table.csv',
           {'name': 'chart', 'hub': 'o/cosyn', 'config': 'chart', 'converter': 'explained_qa', 'style': 'cosyn_chart_exp', 'media': 'embedded'},
           {'name': 'vqa', 'hub': 'o/vqa', 'converter': 'vqa', 'style': 'vqa2', 'media': f'{hub.url}/cdn/zips/train2014.zip'},
-          {'name': 'tracks', 'hub': 'o/tracks', 'converter': 'track', 'style': 'track', 'media': 'hub:o/tracks:*.zip'},
+          {'name': 'tracks', 'hub': 'o/tracks', 'converter': 'track', 'style': 'track', 'media': 'hub:o/tracks:*.zip subtitles:o/tracks:told.json fps:3'},
           {'name': 'mine', 'hub': 'example.org/form', 'converter': 'qa', 'media': 'folder', 'automatic': 'manual',
            'instructions': 'Ask for it; put train.csv and the videos under data/mine/source/'})
     (tmp_path / 'data/.archives').mkdir(parents=True)
@@ -287,6 +288,7 @@ def test_embedded_pictures_archives_and_what_is_fetched_by_hand(hub, tmp_path):
     (track,) = records(tmp_path / 'data/tracks')
     times, frames = load_video(open_media(tmp_path / 'data/tracks', track['video']), 8)
     assert list(times) == [0, .5, 1, 1.5] and normalise(track)
+    assert track['subtitles'] == [{'start': .5, 'end': 1, 'text': 'Hey'}]
     source = tmp_path / 'data/mine/source'
     source.mkdir(parents=True)
     (source / 'train.csv').write_text('video,question,answer,start,end\nv1,What?,A cat.,0,1\nv9,Who?,Nobody.,0,1\nv1,And then?,It sleeps.,1,2\n')
@@ -321,7 +323,7 @@ def test_mistakes_are_one_line(hub, tmp_path):
           {'name': 'bytes', 'hub': 'o/bytes', 'converter': 'qa'})
     done = run(hub, tmp_path, '--stage', 'pretraining', code=1)
     assert 'error: none: o/none' in done.stderr and 'Traceback' not in done.stderr
-    assert "media is 'embedded', not 'urls'" in done.stderr
+    assert "media must be 'embedded', not 'urls'" in done.stderr
     assert "other schema (KeyError 'caption')" in done.stdout
     away = subprocess.run(command(hub, tmp_path, '--datasets', 'odd'), capture_output=True, text=True,
                           env={**environment(hub, tmp_path), 'HF_ENDPOINT': 'http://localhost:1', 'HF_HOME': str(tmp_path / 'other')})
@@ -484,6 +486,9 @@ def offer(entry, hub):
                 places[f'{place} '] = root / pattern.replace('*', 'b'), data[500:]
             else:
                 places[f'hub:{repo}:{pattern}'] = root / pattern.replace('*', name if pattern.endswith('*') else 'mini', 1).replace('*', name), data
+        elif place.startswith('subtitles:'):
+            root, name = hub.folder / 'datasets' / place.split(':')[1], place.split(':')[2]
+            places[place] = root / name, b'{"clip": {"0": {"start": 0, "end": 1, "text": "Hey"}}}'
         else:
             places[place] = None, b''
     for path, data in places.values():

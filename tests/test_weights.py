@@ -33,6 +33,8 @@ def hub(tmp_path_factory):
                         '--num_text', '5', '--num_clips', '8', '--num_validation', '5', '--workers', '1'], check=True, capture_output=True)
         shutil.copy(tmp_path / 'world/shapes/tokenizer.json', models / 'o/qwen3')
         (models / 'o/clip/pytorch_model.bin').write_bytes(b'a pickle')
+        shutil.copytree(models / 'o/clip', models / 'o/offered/.pr')
+        (models / 'o/offered/pytorch_model.bin').write_bytes(b'a pickle')
         (models / 'o/pickled').mkdir()
         (models / 'o/pickled/pytorch_model.bin').write_bytes(b'a pickle')
         yield hub
@@ -57,9 +59,10 @@ def test_a_tower_and_a_decoder_become_a_checkpoint(hub, tmp_path):
         other, = (x for name, x in theirs.items() if name.endswith(wanted))
         assert torch.equal(one, other)
     assert 'name another folder' in run(hub, tmp_path, '--vision', 'o/clip', '--language', 'o/qwen3', '--out', out, code=1).stderr
-    # the same seed, the same bytes; a folder is as good as a name
-    run(hub, tmp_path, '--vision', hub.folder / 'models/o/clip', '--language', 'o/qwen3', '--pooling', 1, '--connector', 'mlp',
-        '--out', tmp_path / 'again')
+    # the same seed, the same bytes; a folder is as good as a name, and what the robot converted as a release
+    told = run(hub, tmp_path, '--vision', 'o/offered', '--language', hub.folder / 'models/o/qwen3', '--pooling', 1, '--connector', 'mlp',
+               '--out', tmp_path / 'again').stdout
+    assert 'taking the safetensors of refs/pr/1' in told and not any('pytorch_model.bin' in path and 'resolve' in path for path in hub.asked)
     one, other = (load_file(folder / 'model.safetensors') for folder in (out, tmp_path / 'again'))
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
