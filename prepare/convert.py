@@ -615,10 +615,12 @@ def track(row, style, chance):
     if not found:
         raise Skip('no points')
     if 'single' in style:
-        first = found[0] if chance.random() < .8 else chance.choice(found)
-        rest = [p for p in found if p['id'] == first['id'] and p['t'] > first['t']]
-        if not rest:
+        last = {p['id']: p['t'] for p in found}
+        starts = [p for p in found if p['t'] < last[p['id']]]          # something follows them
+        if not starts:
             raise Skip('no points')
+        first = starts[0] if chance.random() < .8 else chance.choice(starts)
+        rest = [p for p in found if p['id'] == first['id'] and p['t'] > first['t']]
         for p in [first, *rest]:
             p['id'] = 1
         following = point_talk('tracking', chance.choice(FOLLOW), rest, name)

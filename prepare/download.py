@@ -49,7 +49,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from convert import CONVERTERS, Skip, fractions  # noqa: E402
 from table import TABLE, entries, sha256  # noqa: E402
 
-from media import BadRow, check_size, load_image, load_video, open_media  # noqa: E402
+from media import BadRow, Part, check_size, load_image, load_video, open_media  # noqa: E402
 
 BRANCHES = 16                                # conversations of a record at most; an image with more becomes several
 STAGES = {'pretraining': '1', 'sft': '2', 'long': '3', 'eval': 'eval', 'extra': 'extra'}
@@ -160,32 +160,16 @@ class Fetcher:
 
 
 class Archives:
-    """Zips, tars and folders as one: a file by its path, by the end of its path, or by its name without extension, where
-    only one file can be meant. A folder of pictures that bears the name of a video is that video's frames."""
+    """Zips, tars, also within one another, and folders as one: a file by its path, by the end of its path, or by its name
+    without extension, where only one file can be meant. A folder of pictures that bears the name of a video is that
+    video's frames."""
+    INSIDE = ('.zip', '.tar', '.tar.gz', '.tgz')
     NO_MEDIA = ('.json', '.jsonl', '.txt', '.srt', '.vtt', '.csv', '.xml', '.wav', '.mp3', '.npy')
 
     def __init__(self, paths):
         self.members, self.lock = {}, threading.Lock()     # the path inside -> (archive, how to read it)
         for path in map(Path, paths):
-            if path.is_dir():
-                found = [(f.relative_to(path).as_posix(), (path, None)) for f in sorted(path.rglob('*')) if f.is_file()]
-            elif zipfile.is_zipfile(path):
-                z = zipfile.ZipFile(path)
-                found = [(m.filename, (z, m)) for m in z.infolist() if not m.is_dir()]
-            elif tarfile.is_tarfile(path):
-                if compressed(path):         # no way into the middle of it
-                    unpacked = path.with_name(path.name + '.d')
-                    if not unpacked.exists():
-                        with tarfile.open(path) as tar:
-                            tar.extractall(part := path.with_name(path.name + '.d.part'), filter='data')
-                        part.rename(unpacked)
-                    found = Archives([unpacked]).members.items()
-                else:
-                    with tarfile.open(path) as tar:
-                        found = [(m.name.removeprefix('./'), (path, m)) for m in tar if m.isreg()]
-            else:
-                found = [(f'{path.parent.name}/{path.name}', (path.parent.parent, None))]
-            for name, how in found:          # two archives may hold different files of one path
+            for name, how in self._found(path):            # two archives may hold different files of one path
                 self.members[f'{path.stem}/{name}' if name in self.members else name] = how
         self.ends, self.stems, self.folders = defaultdict(list), defaultdict(list), defaultdict(dict)
         for name in self.members:
@@ -194,21 +178,57 @@ class Archives:
                 self.ends['/'.join([*parents[i:], last])].append(name)
             if not last.lower().endswith(self.NO_MEDIA):
                 self.stems[last.rpartition('.')[0]].append(name)
+                if '_' in last:              # ViCaS adds to its videos' names
+                    self.stems[last.partition('_')[0] + '_*'].append(name)
             if parents and last.lower().endswith(('.jpg', '.jpeg', '.png')):
-                self.folders[parents[-1]].setdefault('/'.join(parents), []).append(name)
+                folder = parents[-2] if parents[-1] in ('img', 'imgs') and len(parents) > 1 else parents[-1]
+                self.folders[folder].setdefault('/'.join(parents), []).append(name)
+
+    def _found(self, path):
+        """(name, (archive, how to read it)) of all files in a folder or an archive, or of a file."""
+        if path.is_dir():
+            found = [(f.relative_to(path).as_posix(), (path, None)) for f in sorted(path.rglob('*')) if f.is_file()]
+        elif zipfile.is_zipfile(path):
+            z = zipfile.ZipFile(path)
+            found = [(m.filename, (z, m)) for m in z.infolist() if not m.is_dir()]
+        elif tarfile.is_tarfile(path) and compressed(path):          # no way into the middle of it
+            unpacked = path.with_name(path.name + '.d')
+            if not unpacked.exists():
+                with tarfile.open(path) as tar:
+                    tar.extractall(part := path.with_name(path.name + '.d.part'), filter='data')
+                part.rename(unpacked)
+            found = list(self._found(unpacked))
+        elif tarfile.is_tarfile(path):
+            with tarfile.open(path) as tar:
+                found = [(m.name.removeprefix('./'), (path, m)) for m in tar if m.isreg()]
+        else:
+            found = [(f'{path.parent.name}/{path.name}', (path.parent.parent, None))]
+        for name, (archive, how) in found:
+            if not name.lower().endswith(self.INSIDE) or path.name == Path(name).name:
+                yield name, (archive, how)
+                continue
+            inner = archive / name if how is None else path.with_name(f'{path.name}.{name.replace("/", "-")}')
+            if not inner.exists():
+                zipped, part = isinstance(archive, zipfile.ZipFile), inner.with_name(inner.name + '.part')
+                with archive.open(how) if zipped else Part(archive, how.offset_data, how.size) as source, open(part, 'wb') as f:
+                    shutil.copyfileobj(source, f, 2 ** 20)
+                part.rename(inner)
+            yield from self._found(inner)
 
     def read(self, path):
         """The bytes of one file, or the list of those of a folder's pictures. BadRow if there is no such thing, or if
         there are several."""
         path = path.removeprefix('./')
         last = path.rpartition('/')[2]
-        found = (self.ends.get(path) or self.ends.get(last) or self.stems.get(last) or
-                 self.stems.get(last.rpartition('.')[0]))
+        stem = last.rpartition('.')[0]
+        found = self.ends.get(path) or self.ends.get(last) or self.stems.get(last) or self.stems.get(stem)
         if found:
             return self._bytes(only(found, path))
-        if folders := self.folders.get(last):              # masks lie in folders of the same names
+        if folders := self.folders.get(last) or self.folders.get(stem):    # masks lie in folders of the same names
             pictures = [f for f in folders if not re.search('annotation|mask', f, re.I)] or list(folders)
             return [self._bytes(frame) for frame in sorted(folders[only(pictures, path)])]
+        if found := self.stems.get(f'{last}_*'):
+            return self._bytes(only(found, path))
         raise BadRow('not in the archives', path)
 
     def matching(self, pattern):
@@ -222,9 +242,8 @@ class Archives:
             if isinstance(archive, zipfile.ZipFile):
                 with self.lock:              # zipfile shares one position
                     return archive.read(member)
-            with open(archive, 'rb') as f:
-                f.seek(member.offset_data)
-                return f.read(member.size)
+            with Part(archive, member.offset_data, member.size) as f:
+                return f.read()
         except (OSError, zipfile.BadZipFile, zipfile.zlib.error) as e:
             raise BadRow('broken archive', f'{name}: {e}') from None
 
@@ -371,6 +390,20 @@ def _json(line):
         return json.loads(line)
     except ValueError:
         return {}                            # a converter will miss what it needs
+
+
+def rates_of(entry):
+    """How many frames a second folders of frames have, by video; under None, what is true of the others. "fps:3", or
+    "rates:owner/name:file", a JSON {video: rate}, among a set's media."""
+    rates = {None: 6.}
+    for what in entry['media'].split():
+        if what.startswith('fps:'):
+            rates[None] = float(what[4:])
+        elif what.startswith('rates:'):
+            revision, names = hub_files(what)
+            for path in fetch_files(what.split(':')[1], [name for name, _ in names], revision):
+                rates |= {video: float(rate) for video, rate in json.loads(Path(path).read_text()).items()}
+    return rates
 
 
 def subtitles_of(entry):
@@ -671,8 +704,9 @@ def convert_split(entry, split, target, writer, fetcher, archives, work, args):
     embedded = entry['media'] in ('embedded', 'none')
     drafts = drafts_of(entry, files, split) if embedded else grouped(entry, files, split, work / f'{split}.sqlite')
     drafts = itertools.islice(enumerate(drafts), writer.state['place'], args.num_samples or None)
-    rate = next((float(what[4:]) for what in entry['media'].split() if what.startswith('fps:')), 6.)   # of folders of frames
-    get = lambda media, draft: obtain(media, 'video' in draft, draft.get('fps') or rate, fetcher, archives, args)
+    rates = rates_of(entry)                  # of the frames themselves before that of the annotation
+    fps = lambda media, draft: rates.get(media.get('path')) or draft.get('fps') or rates[None]
+    get = lambda media, draft: obtain(media, 'video' in draft, fps(media, draft), fetcher, archives, args)
     window = 4 * args.workers if entry['media'] == 'urls' else args.workers
     bar = tqdm(ahead(drafts, get, writer.known, args.workers, window), desc=f"{entry['name']}: {target}", unit='record',
                disable=None, initial=writer.state['place'])

@@ -94,7 +94,7 @@ def test_every_line_of_the_table_can_be_followed():
             assert e['converter'] in CONVERTERS, e['name']
             assert e['hub'].count('/') == 1 or e['tables'].startswith(('http', 'inside:')), e['name']
             assert e['media'] in ('urls', 'embedded', 'none') or all(
-                x.startswith(('hub:', 'http', 'parts:', 'subtitles:')) for x in e['media'].split()), e['name']
+                x.startswith(('hub:', 'http', 'parts:', 'subtitles:', 'fps:')) for x in e['media'].split()), e['name']
         else:
             assert 'source/' in e['instructions'] or 'no converter' in e['instructions'], e['name']
             assert not e['instructions'].startswith('Put'), e['name']          # says what, and from where
@@ -260,6 +260,7 @@ def test_embedded_pictures_archives_and_what_is_fetched_by_hand(hub, tmp_path):
     store(hub, 'o/tracks', 'train.jsonl', [
         {'id': 'k', 'video': 'horse', 'fps': 2, 'expression': 'the horse', 'width': 40, 'height': 30,
          'frame_trajectories': [{'time': t / 2, 'points': [{'id': 0, 'point': [20, 15], 'occluded': False}]} for t in range(4)]}])
+    (hub.folder / 'datasets/o/tracks/rates.json').write_text('{"horse": 4}')
     (hub.folder / 'datasets/o/tracks/told.json').write_text('{"horse": {"0": {"start": 0.5, "end": 1, "text": "Hey"}, "1": {"start": 2}}}')
     zips = hub.folder / 'zips'
     zips.mkdir()
@@ -271,7 +272,7 @@ def test_embedded_pictures_archives_and_what_is_fetched_by_hand(hub, tmp_path):
     table(tmp_path / 'table.csv',
           {'name': 'chart', 'hub': 'o/cosyn', 'config': 'chart', 'converter': 'explained_qa', 'style': 'cosyn_chart_exp', 'media': 'embedded'},
           {'name': 'vqa', 'hub': 'o/vqa', 'converter': 'vqa', 'style': 'vqa2', 'media': f'{hub.url}/cdn/zips/train2014.zip'},
-          {'name': 'tracks', 'hub': 'o/tracks', 'converter': 'track', 'style': 'track', 'media': 'hub:o/tracks:*.zip subtitles:o/tracks:told.json fps:3'},
+          {'name': 'tracks', 'hub': 'o/tracks', 'converter': 'track', 'style': 'track', 'media': 'hub:o/tracks:*.zip subtitles:o/tracks:told.json rates:o/tracks:rates.json'},
           {'name': 'mine', 'hub': 'example.org/form', 'converter': 'qa', 'media': 'folder', 'automatic': 'manual',
            'instructions': 'Ask for it; put train.csv and the videos under data/mine/source/'})
     (tmp_path / 'data/.archives').mkdir(parents=True)
@@ -287,7 +288,7 @@ def test_embedded_pictures_archives_and_what_is_fetched_by_hand(hub, tmp_path):
     assert archive.read_bytes() == whole
     (track,) = records(tmp_path / 'data/tracks')
     times, frames = load_video(open_media(tmp_path / 'data/tracks', track['video']), 8)
-    assert list(times) == [0, .5, 1, 1.5] and normalise(track)
+    assert list(times) == [0, .5, .75] and normalise(track)             # four frames at 4 a second, not at the annotation's 2
     assert track['subtitles'] == [{'start': .5, 'end': 1, 'text': 'Hey'}]
     source = tmp_path / 'data/mine/source'
     source.mkdir(parents=True)
@@ -445,6 +446,15 @@ def offer(entry, hub):
     inside |= {f'frames/horse/{i:05d}.jpg': jpeg(i) for i in range(4)} | {f'png/{i}.png': jpeg(i) for i in range(4)}
     if e['name'] == 'tabmwp-da':             # the name is the place
         inside = {f'{i}.png': jpeg(i) for i in range(4)}
+    if 'MeViS' in e['media'] or e['name'].startswith('lasot'):        # as they are: a tar in the zip, folders "img"
+        frames = {f'train/{"JPEGImages/horse" if "MeViS" in e["media"] else "horse/img"}/{i:05d}.jpg': jpeg(i) for i in range(4)}
+        inside = frames
+        if 'MeViS' in e['media']:
+            with tarfile.open(fileobj=(tar := io.BytesIO()), mode='w') as t:
+                for name, data in frames.items():
+                    (info := tarfile.TarInfo(name)).size = len(data)
+                    t.addfile(info, io.BytesIO(data))
+            inside = {'MeViS_release/train/JPEGImages.tar': tar.getvalue()}
     places = {}
     for split, _ in download.splits(e):
         rows = [miniature(e, hub, i) for i in range(4)]
@@ -472,13 +482,14 @@ def offer(entry, hub):
             z.writestr(name, data)
     for place in e['media'].split():
         data = b'PK\x05\x06' + bytes(18) if places else archive.getvalue()         # the others are empty
-        data = clip if place.startswith('hub:') and 'MotionBench' in place else data
+        plain = place.startswith('hub:') and place.endswith(('.mp4', 'videos/*'))
+        data = clip if plain else data
         if place.startswith('http'):
             path = hub.folder / 'zips' / f"{e['name']}-{len(places)}.zip"
             places[f'{hub.url}/cdn/zips/{path.name}'] = path, data
         elif place.startswith(('hub:', 'parts:')):
             kind, repo, pattern = place.split(':')
-            name = 'clip.mp4' if data is clip else 'mini.zip'
+            name = ('horse_extra.mp4' if 'ViCaS' in place else 'clip.mp4') if plain else 'mini.zip'
             pattern = re.sub(r'\*[^/]*$', '*', pattern)     # a zip by whatever name
             root = hub.folder / 'datasets' / repo
             if kind == 'parts':
