@@ -210,7 +210,8 @@ class Archives:
             inner = archive / name if how is None else path.with_name(f'{path.name}.{name.replace("/", "-")}')
             if not inner.exists():
                 zipped, part = isinstance(archive, zipfile.ZipFile), inner.with_name(inner.name + '.part')
-                with archive.open(how) if zipped else Part(archive, how.offset_data, how.size) as source, open(part, 'wb') as f:
+                source = archive.open(how) if zipped else Part(archive, how.offset_data, how.size)
+                with source, open(part, 'wb') as f:
                     shutil.copyfileobj(source, f, 2 ** 20)
                 part.rename(inner)
             yield from self._found(inner)
