@@ -32,6 +32,7 @@ gpu-check:
 
 .venv/test: requirements-test.txt .venv/run
 	$(BIN)/pip install -q -r requirements-test.txt
+	$(BIN)/pip install -q --no-deps --upgrade --target .venv/torchvision torchvision==0.28.0
 	touch $@
 
 .PHONY: demo test bench gpu-check

@@ -891,23 +891,40 @@ class VLM(nn.Module):
                                           weights * self.loss_scale, self.chunk, self.z_loss)
 
     @torch.inference_mode()
-    def generate(self, batch, max_new_tokens, temperature=0., top_k=0, top_p=1., seed=0):
+    def generate(self, batch, max_new_tokens, temperature=0., top_k=0, top_p=1., repetition_penalty=1., seed=0, cache=None):
         """Yields the next token of every row, [B], until all rows have ended; -1 for a row that has.
 
-        Rows of unequal length are padded on the left (document_ids -1). temperature 0 takes the likeliest token.
+        Rows of unequal length are padded on the left (document_ids -1). temperature 0 takes the likeliest token. With a
+        cache that holds the first tokens of the only row, only the others are encoded; there must be room for the answer.
         """
         tokens, padding = batch['tokens'], batch['document_ids'] < 0                             # [B, L]
         B, L = tokens.shape
         generator = torch.Generator(tokens.device).manual_seed(seed)
-        x = self.embed(batch)
-        cache = KVCache(self.config.language, B, L + max_new_tokens, x.dtype, x.device)
-        hidden = self.language_model(x, batch['position_ids'], self.mask(batch), cache)
+        said = None                        # tokens that were said or read: less likely by the penalty (Keskar et al. 2019)
+        if repetition_penalty != 1:
+            said = torch.zeros(B, self.output_weight().shape[0], dtype=torch.bool, device=tokens.device)
+            row, column = (~padding & (tokens < said.shape[1])).nonzero(as_tuple=True)
+            said[row, tokens[row, column]] = True
+        if cache is not None and cache.length:
+            new, n = tokens[:, cache.length:], cache.length                                      # [1, L - n]
+            mask = torch.ones(1, 1, L - n, L, dtype=torch.bool, device=tokens.device).tril(n)
+            hidden = self.language_model(self.language_model.embed_tokens(new), batch['position_ids'][:, n:], mask, cache)
+        else:
+            x = self.embed(batch)
+            cache = cache or KVCache(self.config.language, B, L + max_new_tokens, x.dtype, x.device)
+            hidden = self.language_model(x, batch['position_ids'], self.mask(batch), cache)
         position, done = batch['position_ids'][:, -1:], torch.zeros(B, dtype=torch.bool, device=tokens.device)
         seen_by_next = None                # later steps see all that is not padding
         if padding.any():
             seen_by_next = F.pad(~padding, (0, max_new_tokens), value=True)[:, None, None]       # [B, 1, 1, L + new]
         for step in range(max_new_tokens):
-            token = sample(self.logits(hidden[:, -1]).float(), temperature, top_k, top_p, generator)
+            logits = self.logits(hidden[:, -1]).float()
+            if said is not None:
+                penalty = torch.where(logits > 0, 1 / repetition_penalty, repetition_penalty)
+                logits = torch.where(said, logits * penalty, logits)
+            token = sample(logits, temperature, top_k, top_p, generator)
+            if said is not None:
+                said[torch.arange(B, device=token.device), token] = True
             yield token.masked_fill(done, -1)
             done = done | (token == self.config.eos_token_id)
             if step == max_new_tokens - 1 or done.all():

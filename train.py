@@ -122,7 +122,7 @@ import torch.distributed as dist  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from data import (TASKS, Dataset, Loader, Mixture, Processor, deal_out, mixture_sets, mixture_table,  # noqa: E402
+from data import (TASKS, Dataset, Loader, Mixture, Processor, deal_out, is_released, mixture_sets, mixture_table,  # noqa: E402
                   open_mixture, processor_settings, share_rows)
 from model import (UserError, VLM, compile_blocks, copy_tensors, from_hf, full_row_patches, layout, load_weights,  # noqa: E402
                    make_config, memory_estimate, newest, part_table, pick_device, pick_dtype, planned_model, read_json,
@@ -178,9 +178,10 @@ def build(checkpoint, dev, amp):
     ours = processor_settings(settings)
     if source := checkpoint or init_from and newest(init_from):
         config = from_hf(read_json(source / 'config.json'), source / 'config.json')
-        processor, before = Processor.load(source, config, **ours), Processor.saved(source, config)
+        processor = Processor.load(source, config, **ours)
+        before = vars(processor) if is_released(source) else Processor.saved(source, config)
         for name in ('image_size', 'pooling', 'video_size', 'video_pooling', 'point_format', 'point_digits'):
-            if before[name] != getattr(processor, name):
+            if name in before and before[name] != getattr(processor, name):
                 print(f'note: {name} is {before[name]!r} in {source} and {getattr(processor, name)!r} now')
     else:
         if not (folder := tokenizer or language_weights):

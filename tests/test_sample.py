@@ -1,4 +1,5 @@
 """Asking a checkpoint, as a user does."""
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,7 @@ def test_none_one_and_two_pictures(checkpoint, images):
 def scripted(monkeypatch, processor, answer):
     """A model that says `answer`."""
     ids = processor.encode(answer) + [processor.im_end]
-    monkeypatch.setattr(m.VLM, 'generate', lambda self, batch, **how: iter(torch.tensor([[i] for i in ids])))
+    monkeypatch.setattr(m.VLM, 'generate', lambda self, batch, *_, **how: iter(torch.tensor([[i] for i in ids])))
 
 
 def test_points_are_printed_and_drawn(checkpoint, monkeypatch, capsys, tmp_path):
@@ -110,8 +111,43 @@ def test_a_track_is_printed_and_drawn(checkpoint, monkeypatch, capsys, tmp_path)
 def test_letters_stream_whole(checkpoint, monkeypatch):
     processor = data.Processor(checkpoint.parent / 'shapes', 32, 8, 1)
     scripted(monkeypatch, processor, 'naïve 猫 🐱')
-    pieces = list(sample.stream(m.load_model(checkpoint), processor, {}))
+    pieces = list(sample.Chat(m.load_model(checkpoint), processor).ask('Hello?'))
     assert ''.join(pieces) == 'naïve 猫 🐱' and len(pieces) > 4 and not any('\ufffd' in p for p in pieces)
+
+
+def test_a_conversation_is_encoded_once(checkpoint, monkeypatch):
+    """Turn after turn the answers are those of everything encoded anew, and no token is encoded twice but those at the
+    seams; a picture that joins is seen with all before it."""
+    model, processor, _ = data.load_checkpoint(checkpoint)
+    monkeypatch.setattr(sample, 'max_new_tokens', 12)
+    encoded, forward = [], m.Decoder.forward
+    monkeypatch.setattr(m.Decoder, 'forward', lambda self, x, *a, **k: encoded.append(x.shape[1]) or forward(self, x, *a, **k))
+    chat, fresh = (sample.Chat(model, processor, repetition_penalty=1.3) for _ in range(2))
+    sizes = []
+    for turn, text in enumerate(('What is this?', 'And the colour?', 'Now?', 'Are you sure?')):
+        for c in (chat, fresh):
+            if turn in (0, 2):
+                c.show(images=[Image.new('RGB', (40, 30), ('red', '', 'blue')[turn])])
+        encoded.clear()
+        said = ''.join(chat.ask(text))
+        sizes.append(encoded[0])
+        fresh.held = []                      # nothing to go on from
+        encoded.clear()
+        assert said == ''.join(fresh.ask(text)) and said and chat.messages == fresh.messages
+        assert turn in (0, 2) and sizes[-1] == encoded[0] or turn in (1, 3) and sizes[-1] < encoded[0] / 2
+    assert len(chat.media['images']) == 2
+    chat.new()
+    assert not chat.messages and not chat.media
+
+
+def test_chat_and_json_on_the_command_line(checkpoint):
+    done = subprocess.run([sys.executable, ROOT / 'sample.py', f'--checkpoint={checkpoint}', '--chat=True', '--max_new_tokens=3', '--threads=1'],
+                          input='Hi\n/image a.png b.png\nWhat?\n/image gone.png\n/video a.png\n/what\n/new\n\nHi\n/quit\nnot read\n', capture_output=True,
+                          text=True, cwd=checkpoint.parent)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert 'error: gone.png: No such file' in done.stdout and '/quit' in done.stdout and done.stdout.count('> ') >= 8
+    one = run(f'--checkpoint={checkpoint}', '--prompt=Hi', '--max_new_tokens=3', '--json_output=True')
+    assert sorted(json.loads(one.stdout)) == ['answer', 'points'], one.stdout
 
 
 @pytest.mark.parametrize('args,words', [
