@@ -3,6 +3,7 @@
 # make bench: side by side with transformers on this machine
 # make gpu-check: kernels, compiled blocks and the three real stages at full size on this machine's GPU, with the torch of
 #                 its own Python (PYTHON=..), which must have pytest too
+# make browser-check: the page of sample.py --serve in a headless chromium, which the machine must have with its driver
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_DATA := data/shapes,data/clocks,data/shapes_text,data/shapes_many,data/clips,data/long_clips
@@ -25,6 +26,9 @@ gpu-check:
 	$(PYTHON) -m pytest -s tests/gpu.py
 	for stage in 1 2 3; do $(PYTHON) bench.py --step=config/stage$$stage.py || exit; done
 
+browser-check: .venv/test
+	$(BIN)/python -m pytest -p no:xdist tests/browser.py
+
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -r requirements.txt
@@ -35,4 +39,4 @@ gpu-check:
 	$(BIN)/pip install -q --no-deps --upgrade --target .venv/torchvision torchvision==0.28.0
 	touch $@
 
-.PHONY: demo test bench gpu-check
+.PHONY: demo test bench gpu-check browser-check

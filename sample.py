@@ -77,8 +77,8 @@ class Chat:
 
     def ask(self, text):
         """Yields the answer in pieces of text. Bytes of a letter that is not whole yet wait for the next token."""
-        self.messages.append({'role': 'user', 'content': text})
-        example = self.processor.prompt(self.messages, **self.media)
+        messages = [*self.messages, {'role': 'user', 'content': text}]
+        example = self.processor.prompt(messages, **self.media)
         tokens, weight = example.tokens, self.model.output_weight()
         batch = collate([[example]], self.processor, length=len(tokens))
         same = next((i for i, (a, b) in enumerate(zip(tokens, self.held)) if a != b), len(self.held))
@@ -94,16 +94,18 @@ class Chat:
         self.cache.length = same
         batch = {k: v.to(weight.device) if torch.is_tensor(v) else v for k, v in batch.items()}
         ids, shown, answer = [], 0, ''
-        for token in self.model.generate(batch, max_new_tokens, cache=self.cache, **self.how):
-            if token.item() in (-1, self.processor.im_end):
-                break
-            ids.append(token.item())
-            answer = self.processor.decode(ids)
-            if not answer.endswith('\ufffd'):
-                yield answer[shown:]
-                shown = len(answer)
-        self.held = (tokens + ids)[:self.cache.length]
-        self.messages.append({'role': 'assistant', 'content': answer})
+        try:
+            for token in self.model.generate(batch, max_new_tokens, cache=self.cache, **self.how):
+                if token.item() in (-1, self.processor.im_end):
+                    break
+                ids.append(token.item())
+                answer = self.processor.decode(ids)
+                if not answer.endswith('\ufffd'):
+                    yield answer[shown:]
+                    shown = len(answer)
+        finally:                             # an answer that nobody waits for is as long as it is
+            self.held = (tokens + ids)[:self.cache.length]
+            self.messages = [*messages, {'role': 'assistant', 'content': answer}]
 
 
 def open_file(name):
@@ -218,6 +220,14 @@ def main():
             answer(talking, prompt, names, video)
         if chat:
             talk(talking, names, video)
+        if serve:
+            from serve import server
+            try:
+                page = server(talking, load_media, serve)
+            except OSError as e:
+                raise UserError(f'port {serve}: {e.strerror}') from None
+            print(f'http://localhost:{serve} (Ctrl-C ends it)')
+            page.serve_forever()
     except BadRow as e:
         raise UserError(str(e)) from None
 
@@ -227,3 +237,5 @@ if __name__ == '__main__':
         main()
     except UserError as e:
         sys.exit(f'error: {e}')
+    except KeyboardInterrupt:
+        print()

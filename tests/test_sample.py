@@ -1,7 +1,9 @@
 """Asking a checkpoint, as a user does."""
+import http.client
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import model as m  # noqa: E402
 import sample  # noqa: E402
+import serve  # noqa: E402
 from media import load_video  # noqa: E402
 
 
@@ -148,6 +151,50 @@ def test_chat_and_json_on_the_command_line(checkpoint):
     assert 'error: gone.png: No such file' in done.stdout and '/quit' in done.stdout and done.stdout.count('> ') >= 8
     one = run(f'--checkpoint={checkpoint}', '--prompt=Hi', '--max_new_tokens=3', '--json_output=True')
     assert sorted(json.loads(one.stdout)) == ['answer', 'points'], one.stdout
+
+
+@pytest.fixture
+def page(checkpoint, monkeypatch):
+    """The address of a page whose model says three points in four pieces or more."""
+    model, processor, _ = data.load_checkpoint(checkpoint)
+    scripted(monkeypatch, processor, 'There: <point 0.25, 0.50, 1> <point 0.75, 0.50, 2>')
+    talking = sample.Chat(model, processor)
+    with serve.server(talking, sample.load_media, 0) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f'localhost:{running.server_address[1]}', talking
+        running.shutdown()
+
+
+def asked(page, path, body=b'', **headers):
+    connection = http.client.HTTPConnection(page)
+    connection.request('POST' if path != '/' else 'GET', path, body, headers)
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+def test_the_page(page, checkpoint):
+    """What the page's script does, without a browser; `make browser-check` has one."""
+    page, talking = page
+    assert asked(page, '/')[1].startswith('<!doctype html>')
+    status, told = asked(page, '/show?name=a.png', (checkpoint.parent / 'a.png').read_bytes())
+    assert (status, json.loads(told)) == (200, {'kind': 'image'})
+    events = [json.loads(line) for line in asked(page, '/ask', 'Where?'.encode())[1].splitlines()]
+    assert ''.join(e['text'] for e in events) == 'There: <point 0.25, 0.50, 1> <point 0.75, 0.50, 2>' and len(events) > 4
+    assert [len(e['points']) for e in events if 'points' in e] == [1, 2] and events[-1]['points'][1]['x'] == .75
+    assert [m['role'] for m in talking.messages] == ['user', 'assistant'] and len(talking.media['images']) == 1
+    clip = next((checkpoint.parent / 'clips/media').glob('*.mp4')).read_bytes()
+    assert asked(page, '/show?name=../../clip.MP4', clip) == (200, '{"kind": "video"}') and len(talking.media['clip'][0]) > 1
+    status, told = asked(page, '/show?name=text.jpg', b'hello')
+    assert status == 400 and 'text.jpg: not a picture' in told
+    assert asked(page, '/new')[0] == 200 and not talking.messages and not talking.media
+    # other sites, by whatever name they reach this address
+    assert asked(page, '/ask', b'x', Origin='http://evil.example')[0] == asked(page, '/ask', b'x', Host='evil.example')[0] == 403
+    assert asked(page, '/', Host='evil.example')[0] == 404 and asked(page, '/what', b'x')[0] == 404
+    connection = http.client.HTTPConnection(page)
+    connection.putrequest('POST', '/show?name=a.png')
+    connection.putheader('Content-Length', str(2 ** 40))
+    connection.endheaders()
+    assert connection.getresponse().status == 403 and not talking.messages
 
 
 @pytest.mark.parametrize('args,words', [
