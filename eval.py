@@ -7,20 +7,15 @@
 Prints a line per dataset, task and metric with its 95% interval. Beside the checkpoint, in eval/: metrics.json,
 predictions.jsonl (a line per question) and report.html (the worst answers first, over their pictures).
 
-pointing     an object is hit when a point lies inside its polygon, one point to one object (largest matching). hit
-             rate = objects hit / objects asked for (recall), precision = points that hit / points given, F1 of both.
-             Without polygons, within `radius` of the object's point. In a video, where the object is at that second.
-             `none there`: asked for what is not in the picture, and the answer has no point.
-tracking     of the places asked for (an object at a time), how many have the point of that id and time inside it
-counting     the number is right
-captioning   F1 of the objects named (colour and kind together) against `objects` of the record, as multisets
-the rest     the answer equals one of `answers`, or the reference, after lower-casing and dropping punctuation
+metrics.py says what is measured. A run that was killed goes on where it was, and one that was done is only scored
+again (--fresh=True: answered again). `torchrun --nproc-per-node=2 eval.py ..` shares the questions out; the scores are the
+same. --loss=True adds the loss and the perplexity of the reference answers, by task.
 """
+import hashlib
 import html
 import json
+import math
 import os
-import re
-import string
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -31,7 +26,9 @@ split = 'validation'
 num = 0                        # records of each dataset; 0 takes all
 batch_size = 64                # questions answered side by side
 max_new_tokens = 256
-radius = 0.05                  # how near a point must be, in pictures, where the data has no polygons
+loss = False                   # of the reference answers, too
+fresh = False                  # forget answers of an earlier run
+radius = 0.05                  # how near a point must be, in pictures, where the data has no outlines
 out = ''                       # folder of what is written; '' is eval/ in the checkpoint
 page_rows = 100                # answers shown in report.html
 device = 'auto'
@@ -45,99 +42,14 @@ if __name__ == '__main__':
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from data import STYLE, Dataset, collate, load_checkpoint, parse_points  # noqa: E402
+from data import STYLE, TASKS, Dataset, collate, load_checkpoint, parse_points  # noqa: E402
 from media import BadRow, data_url, draw_points, enlarge, load_image, load_video, open_media, points_at  # noqa: E402
+from metrics import score  # noqa: E402
 from model import UserError, pick_device  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Scores. Each is {metric: (numerator, denominator)} of one answer, so that every metric is a ratio of sums.
-
-def inside(x, y, polygon):
-    """Even-odd rule: does a ray to the right of (x, y) cross the outline an odd number of times?"""
-    crossings = 0
-    for (x1, y1), (x2, y2) in zip(polygon, polygon[1:] + polygon[:1]):
-        if (y1 > y) != (y2 > y) and x < x1 + (y - y1) / (y2 - y1) * (x2 - x1):
-            crossings += 1
-    return crossings % 2 == 1
-
-
-def hits(p, o, radius=0.05):
-    """Does the point lie in the object: in its polygon, or within `radius` of it; in a video at the same time, give or
-    take a quarter of a second. Where a video's object moves, `moments` holds it at every time."""
-    if o.get('moments'):
-        return any(hits(p, moment, radius) for moment in o['moments'])
-    if p.get('image', 0) != o.get('image', 0) or abs(p.get('t', 0) - o.get('t', 0)) > .25:
-        return False
-    if o.get('polygon'):
-        return inside(p['x'], p['y'], o['polygon'])
-    return (p['x'] - o['x']) ** 2 + (p['y'] - o['y']) ** 2 <= radius ** 2
-
-
-def match(points, objects, radius=0.05):
-    """Size of the largest one-to-one matching of points to the objects they lie in (augmenting paths, Kuhn 1955)."""
-    edges = [[j for j, o in enumerate(objects) if hits(p, o, radius)] for p in points]
-    owner = {}
-
-    def place(i, tried):
-        for j in edges[i]:
-            if j not in tried:
-                tried.add(j)
-                if j not in owner or place(owner[j], tried):
-                    owner[j] = i
-                    return True
-        return False
-    return sum(place(i, set()) for i in range(len(points)))
-
-
-def score_points(text, objects):
-    points = parse_points(text)
-    if not objects:
-        return {'none there': (not points, 1)}
-    n = match(points, objects, radius)
-    return {'hit rate': (n, len(objects)), 'precision': (n, len(points)), 'F1': (2 * n, len(objects) + len(points)),
-            'all right': (n == len(objects) == len(points), 1)}
-
-
-def score_tracks(text, places):
-    """places: where each object is at each time asked for, {t, x, y, id, polygon}."""
-    points = parse_points(text)
-    if not places:
-        return {'none there': (not points, 1)}
-    pairs = [(i, j) for i, p in enumerate(points) for j, place in enumerate(places)
-             if p['id'] == place['id'] and hits(p, place, radius)]
-    return {'inside': (len({j for _, j in pairs}), len(places)), 'precision': (len({i for i, _ in pairs}), len(points))}
-
-
-def plain(text):
-    return ' '.join(text.lower().translate(str.maketrans('', '', string.punctuation.replace(':', ''))).split())
-
-
-def first_number(text):
-    found = re.search(r'\d+', text)
-    return int(found[0]) if found else None
-
-
-def score_caption(text, objects, vocabulary):
-    """`vocabulary`: every object any caption may name, so that naming one that is not there costs precision."""
-    words = f' {plain(text)} '
-    said = Counter({o: words.count(f' {o} ') for o in vocabulary})
-    there = Counter(' '.join(o) for o in objects)
-    return {'F1': (2 * (said & there).total(), (said + there).total())}
-
-
-def score(item, text, vocabulary=()):
-    """Scores of an answer to an item of `questions`."""
-    if item['task'] == 'pointing':
-        return score_points(text, item['points'])
-    if item['task'] == 'tracking':
-        return score_tracks(text, item['points'])
-    if item['task'] == 'captioning' and item['objects'] is not None:
-        return score_caption(text, item['objects'], vocabulary)
-    if item['task'] == 'counting':
-        return {'accuracy': (first_number(text) == first_number(item['reference']), 1)}
-    return {'accuracy': (plain(text) in [plain(a) for a in item['answers']], 1)}
-
+# Figures of many answers
 
 def interval(pairs):
     """95% interval of sum(numerators) / sum(denominators) over records: Wilson's, for as many independent trials as
@@ -185,14 +97,17 @@ def questions(dataset, record, where):
         messages = conversation['messages']
         last = max(i for i, m in enumerate(messages) if m['role'] == 'assistant')
         reference = messages[last]
+        points = (reference.get('points') or {}).get('points', [])
+        if conversation.get('box') and len(points) == 1:             # its middle was pointed at
+            points = [{**points[0], 'box': conversation['box']}]
         yield {'dataset': dataset, 'record': where, 'conversation': n, 'task': conversation.get('task', 'other'),
                'images': record['images'], 'video': record['video'], 'messages': messages[:last],
-               'reference': reference['content'],
-               'answers': conversation.get('answers') or [reference['content']],
-               'objects': conversation.get('objects'), 'points': (reference.get('points') or {}).get('points', [])}
+               'reference': reference['content'], 'answers': conversation.get('answers') or [reference['content']],
+               'points': points, **{k: conversation.get(k) for k in (
+                   'objects', 'metric', 'options', 'right', 'windows', 'mask')}}
 
 
-def answer_all(model, processor, items, media, bar=None):
+def answer_all(model, processor, items, media):
     """The model's answers, as texts, in the order of `items`; media: record -> what it shows. Greedy."""
     examples = [processor.prompt(item['messages'], **media[item['record']]) for item in items]
     texts = [''] * len(items)
@@ -207,8 +122,6 @@ def answer_all(model, processor, items, media, bar=None):
         tokens = torch.stack(list(model.generate(batch, max_new_tokens)), 1).tolist()
         for i, row in zip(chosen, tokens):
             texts[i] = processor.decode([t for t in row if t not in (-1, processor.im_end)])
-        if bar is not None:
-            bar.update(len(chosen))
     return texts
 
 
@@ -222,30 +135,82 @@ def open_data(names):
     return sets
 
 
-def evaluate(model, processor, datasets, number=0):
-    """Scored rows of all questions, and how many records could not be used, by reason."""
-    rows, skipped = [], Counter()
-    for dataset in datasets:
-        size = min(number or len(dataset), len(dataset))
-        vocabulary, pending = set(), []
-        with tqdm(total=size, unit='record', desc=dataset.name, disable=None) as bar:
-            for start in range(0, size, 128):          # enough questions to sort, few enough pictures to hold
-                items, media = [], {}
-                for i in range(start, min(start + 128, size)):
-                    try:
-                        record = dataset[i]
-                        media[i] = processor.media(record, dataset.folder, processor.seq_len - max_new_tokens)
-                        items += questions(dataset.name, record, i)
-                    except BadRow as e:
-                        skipped[f'{dataset.name}: {e.reason}'] += 1
-                        tqdm.write(f'skipped {dataset.where(i)}: {e}', file=sys.stderr)
-                pending += zip(items, answer_all(model, processor, items, media))
-                bar.update(min(128, size - start))
-        for item, _ in pending:
-            vocabulary.update(' '.join(o) for o in item['objects'] or ())
-        for item, text in pending:
-            rows.append({**item, 'prediction': text, 'scores': score(item, text, vocabulary)})
-    return rows, skipped
+def answered(model, processor, dataset, rows):
+    """(items with the model's answers, Counter of why rows could not be used) of some rows of a dataset."""
+    items, media, skipped = [], {}, Counter()
+    for i in rows:
+        try:
+            record = dataset[i]
+            media[i] = processor.media(record, dataset.folder, processor.seq_len - max_new_tokens)
+            items += questions(dataset.name, record, i)
+        except BadRow as e:
+            skipped[f'{dataset.name}: {e.reason}'] += 1
+            tqdm.write(f'skipped {dataset.where(i)}: {e}', file=sys.stderr)
+    texts = answer_all(model, processor, items, media)
+    items = [{**item, 'prediction': text} for item, text in zip(items, texts)]
+    return items, skipped, losses(model, processor, dataset, media) if loss else {}
+
+
+@torch.inference_mode()
+def losses(model, processor, dataset, rows):
+    """{task: [sum of the cross entropies of its reference answers' tokens, tokens]} of some rows, one at a time."""
+    sums = defaultdict(lambda: [0., 0])
+    where = model.pixel_scale.device
+    for i in rows:
+        try:
+            batch = collate([[processor.example(dataset[i], dataset.folder)]], processor)
+        except BadRow:                       # too long to be learnt from, not to be asked
+            continue
+        batch = {k: v.to(where) if torch.is_tensor(v) else v for k, v in batch.items()}
+        logits = model.logits(model.hidden(batch, batch['loss_index'])).float()
+        each = torch.nn.functional.cross_entropy(logits, batch['targets'].flatten()[batch['loss_index']], reduction='none')
+        for task, value in zip(batch['loss_tasks'].tolist(), each.tolist()):
+            sums[TASKS[task]][0] += value
+            sums[TASKS[task]][1] += 1
+    return dict(sums)
+
+
+def answers_kept(cache):
+    """{(dataset, first row, end): chunk} of what was answered already, by any rank. A line cut short does not count."""
+    lines = [line for path in cache.parent.glob(f'{cache.name}.*') for line in path.read_text().splitlines(keepends=True)]
+    return {tuple(chunk['rows']): chunk for chunk in (json.loads(line) for line in lines if line.endswith('\n'))}
+
+
+def evaluate(model, processor, datasets, number=0, cache=None):
+    """(scored rows of all questions, how many records could not be used by reason, {(dataset, task): [sum of losses,
+    tokens]}). Chunks of 128 records are answered together, enough questions to sort and few enough pictures to hold; ranks
+    take them in turn, each with a file of its own beside `cache`, where a run finds what an earlier one answered."""
+    rank, ranks = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    known = answers_kept(cache) if cache else {}
+    chunks = [(d, start, min(start + 128, size)) for d in datasets for size in [min(number or len(d), len(d))]
+              for start in range(0, size, 128)]
+    mine = [(d, a, b) for i, (d, a, b) in enumerate(chunks) if i % ranks == rank and (d.name, a, b) not in known]
+    with tqdm(total=sum(b - a for _, a, b in mine), unit='record', disable=None if rank == 0 else True) as bar:
+        for dataset, a, b in mine:
+            bar.set_description(dataset.name)
+            items, skipped, sums = answered(model, processor, dataset, range(a, b))
+            chunk = {'rows': [dataset.name, a, b], 'items': items, 'skipped': skipped, 'losses': sums}
+            known[dataset.name, a, b] = chunk
+            if cache:
+                with open(f'{cache}.{rank}of{ranks}', 'a') as f:
+                    f.write(json.dumps(chunk) + '\n')
+            bar.update(b - a)
+    if ranks > 1:
+        torch.distributed.barrier()
+        known = answers_kept(cache)
+    pending, skipped, sums = [], Counter(), defaultdict(lambda: [0., 0])
+    for dataset, a, b in chunks:
+        chunk = known[dataset.name, a, b]
+        pending += chunk['items']
+        skipped.update(chunk['skipped'])
+        for task, (value, tokens) in chunk['losses'].items():
+            pair = sums[dataset.name, task]
+            pair[0], pair[1] = pair[0] + value, pair[1] + tokens
+    words = defaultdict(set)                 # what captions of a dataset may name
+    for item in pending:
+        words[item['dataset']].update(' '.join(o) for o in item['objects'] or ())
+    rows = [{**item, 'scores': score(item, item['prediction'], words[item['dataset']], radius)} for item in pending]
+    return rows, skipped, sums
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,11 +223,11 @@ def goodness(row):
 
 
 def table(summary):
-    head = f"{'dataset':<14}{'task':<12}{'metric':<12}{'score':>7}   {'95% interval':<15}{'answers':>8}{'records':>9}"
+    head = f"{'dataset':<14}{'task':<12}{'metric':<17}{'score':>7}   {'95% interval':<15}{'answers':>8}{'records':>9}"
     lines = [head]
     for s in summary:
-        lines.append(f"{s['dataset']:<14}{s['task']:<12}{s['metric']:<12}{s['score']:>7.1%}   "
-                     f"{s['low']:.1%} - {s['high']:.1%}".ljust(63) + f"{s['answers']:>8,}{s['records']:>9,}")
+        lines.append(f"{s['dataset']:<14}{s['task']:<12}{s['metric']:<17}{s['score']:>7.1%}   "
+                     f"{s['low']:.1%} - {s['high']:.1%}".ljust(68) + f"{s['answers']:>8,}{s['records']:>9,}")
     return '\n'.join(lines)
 
 
@@ -303,30 +268,49 @@ def columns(summaries):
     """{checkpoint: summary} -> one table with a column for each checkpoint."""
     scores = [{(s['dataset'], s['task'], s['metric']): s['score'] for s in summary} for summary in summaries.values()]
     width = max(map(len, summaries)) + 2
-    lines = [f"{'dataset':<14}{'task':<12}{'metric':<12}" + ''.join(name.rjust(width) for name in summaries)]
+    lines = [f"{'dataset':<14}{'task':<12}{'metric':<17}" + ''.join(name.rjust(width) for name in summaries)]
     for key in {key: None for column in scores for key in column}:
         cells = (f'{column[key]:.1%}' if key in column else '-' for column in scores)
-        lines.append('{:<14}{:<12}{:<12}'.format(*key) + ''.join(cell.rjust(width) for cell in cells))
+        lines.append('{:<14}{:<12}{:<17}'.format(*key) + ''.join(cell.rjust(width) for cell in cells))
     return '\n'.join(lines)
+
+
+def cache_of(folder, source, datasets):
+    """Where answers are kept: another name for whatever would change them."""
+    stamp = lambda path: [str(path), path.stat().st_size, path.stat().st_mtime_ns]
+    key = json.dumps([max_new_tokens, batch_size, dtype, loss, *(stamp(d.path) for d in datasets),
+                      *(stamp(p) for p in sorted(source.glob('*.safetensors')))])
+    return folder / f'answers-{hashlib.sha256(key.encode()).hexdigest()[:12]}'
 
 
 def score_checkpoint(path, datasets):
     """Answers, scores, prints and writes. Returns [{dataset, task, metric, score, ...}]."""
     model, processor, source = load_checkpoint(path)
     model.to(pick_device(device), getattr(torch, dtype)).eval()
-    rows, skipped = evaluate(model, processor, datasets, num)
+    folder, rank = Path(out) if out else source / 'eval', int(os.environ.get('RANK', 0))
+    folder.mkdir(parents=True, exist_ok=True)
+    cache = cache_of(folder, source, datasets)
+    if fresh and rank == 0:
+        for old in folder.glob(f'{cache.name}.*'):
+            old.unlink()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    rows, skipped, sums = evaluate(model, processor, datasets, num, cache)
     summary = summarise(rows)
+    if rank:
+        return summary
     print(f'{source}\n{table(summary)}')
+    for (dataset, task), (value, tokens) in sums.items():
+        mean = value / tokens
+        print(f'{dataset:<14}{task:<12}loss {mean:.4f}, perplexity {math.exp(mean):.3f}, {tokens:,} tokens')
     if skipped:
         print('records skipped: ' + ', '.join(f'{k} {n}' for k, n in skipped.items()))
-    folder = Path(out) if out else source / 'eval'
-    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / 'predictions.jsonl', 'w') as f:
         for row in rows:
             f.write(json.dumps(row) + '\n')
     (folder / 'metrics.json').write_text(json.dumps(
-        {'checkpoint': str(source), 'data': data, 'split': split, 'num': num, 'skipped': skipped, 'metrics': summary},
-        indent=2))
+        {'checkpoint': str(source), 'data': data, 'split': split, 'num': num, 'skipped': skipped, 'metrics': summary,
+         'losses': [{'dataset': d, 'task': t, 'loss': v / n, 'tokens': n} for (d, t), (v, n) in sums.items()]}, indent=2))
     (folder / 'report.html').write_text(report(rows, summary, datasets, f'{source} on {data}'), encoding='utf-8')
     print(f"wrote {', '.join(os.path.join(folder, n) for n in ('metrics.json', 'predictions.jsonl', 'report.html'))}\n")
     return summary
@@ -344,8 +328,12 @@ def main():
     for path in paths:
         if not Path(path).is_dir():          # and a second checkpoint's before the first is scored
             raise UserError(f"checkpoint {path} does not exist")
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:             # torchrun
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        torch.distributed.init_process_group('gloo')
     summaries = {path: score_checkpoint(path, datasets) for path in paths}
-    if len(paths) > 1:
+    if len(paths) > 1 and not int(os.environ.get('RANK', 0)):
         print(columns(summaries))
 
 

@@ -62,6 +62,9 @@ SECONDS = ('When does this happen: {}', 'Find the moments of: {}', 'At what time
 # recipe.md, section 10: these styles put their name in front of the question, so that a short answer is on request
 PREFIXED = {'vqa2', 'text_vqa', 'okvqa', 'a_okvqa_da', 'chart_qa', 'doc_qa', 'info_qa', 'st_qa', 'tally_qa', 'tabwmp_da',
             'dv_qa', 'figure_qa', 'plot_qa', 'video_short_answer'} | set(LABEL)
+# how held-out answers are scored (metrics.py), where the task does not say it
+METRIC = dict.fromkeys(('vqa2', 'text_vqa', 'okvqa', 'a_okvqa_da'), 'vqa') | {'chart_qa': 'relaxed'} | dict.fromkeys(
+    ('doc_qa', 'info_qa', 'st_qa'), 'anls')
 COUNTING = re.compile(r'\b(how many|count|number of)\b', re.I)
 
 
@@ -384,8 +387,9 @@ def vqa(row, style, chance):
             raise Skip('no answer')
         best = chance.choice(sorted(a for a, n in counts.items() if n == max(counts.values())))
         counting = style in ('tally_qa', 'point_count', 'video_count')
-        return talk('counting' if counting else 'qa', asked(question, style, chance), best,
-                    **({'answers': answers} if len(counts) > 1 else {}))
+        metric = {'metric': METRIC[style]} if style in METRIC else {}
+        return talk('counting' if counting else 'qa', asked(question, style, chance), best, **metric,
+                    **({'answers': answers} if len(counts) > 1 or len(answers) > 1 and metric else {}))
     yield draft(row, each(row, make))
 
 
@@ -474,7 +478,8 @@ def choice(row, style, chance):
             raise Skip('letters are to be drawn')
         question, options, right = options_of({**{k: v for k, v in row.items() if k == 'hint'}, **item}, chance)
         prompt, answer = choose(question, options, right, style, chance)
-        return talk('qa', prompt, answer, answers=sorted({answer, options[right]}))
+        scored = {'metric': 'choice', 'options': options, 'right': right} if style.startswith(('eval', 'video_eval')) else {}
+        return talk('qa', prompt, answer, answers=sorted({answer, options[right]}), **scored)
     yield draft(row, each(row, make), **subtitles(row))
 
 
@@ -570,7 +575,8 @@ def moments(row, style, chance):
     if not 1 <= len(windows) <= 5:
         raise Skip('windows')
     answer = 'Segments: ' + ', '.join(f'[{float(s):g}-{float(e):g}]' for s, e in windows)
-    yield draft(row, [talk('qa', chance.choice(SECONDS).format(clean(row['query'])), answer)])
+    question = chance.choice(SECONDS).format(clean(row['query']))
+    yield draft(row, [talk('qa', question, answer, metric='moments', windows=windows)])
 
 
 def video_points(row, style, chance):
@@ -650,11 +656,20 @@ def box_point(row, style, chance):
     yield draft(row, [{**point_talk('pointing', row['instruction'], [middle], '', pixels=True), 'box': box}])
 
 
+def runs(mask):
+    """Rows of truths as metrics.in_mask reads them: pixels in reading order, so many outside, then so many inside, .."""
+    lengths = [len(list(group)) for _, group in itertools.groupby(bool(v) for line in mask for v in line)]
+    return {'size': [len(mask), len(mask[0])], 'runs': [0] * int(mask[0][0]) + lengths}
+
+
 def mask_point(row, style, chance):
-    """PointBench and pixmo-points-eval: user_input or label; a mask (a file, or as stored) that points must hit."""
+    """PointBench and pixmo-points-eval: user_input or label; a mask that points must hit: a file's name, or one of rows of
+    truths for each point."""
     found = fractions(few(pairs(row.get('points'))))
+    for point, mask in zip(found, row.get('masks') or ()):
+        point['mask'] = runs(mask)
     prompt = row.get('user_input') or chance.choice(POINT).format(clean(row.get('label')).lower())
-    mask = row.get('mask_filename') or row.get('masks')
+    mask = row.get('mask_filename')
     yield draft(row, [{**point_talk('pointing', prompt, found, row.get('label')), **({'mask': mask} if mask else {})}])
 
 

@@ -46,7 +46,7 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from convert import CONVERTERS, Skip, fractions  # noqa: E402
+from convert import CONVERTERS, Skip, fractions, runs  # noqa: E402
 from table import TABLE, entries, sha256  # noqa: E402
 
 from media import BadRow, Part, check_size, load_image, load_video, open_media  # noqa: E402
@@ -716,7 +716,7 @@ def convert_split(entry, split, target, writer, fetcher, archives, work, args):
         try:
             if isinstance(draft, str):
                 raise Skip(draft)
-            add(entry, draft, media, target, place, writer)
+            add(entry, draft, media, target, place, writer, archives)
         except Skip as e:
             writer.counts[f'left out: {e}'] += 1
         if place % 200 == 199:
@@ -724,7 +724,7 @@ def convert_split(entry, split, target, writer, fetcher, archives, work, args):
             bar.set_postfix_str(f"kept {writer.counts['records']}")
 
 
-def add(entry, draft, media, target, place, writer):
+def add(entry, draft, media, target, place, writer, archives):
     """A record with all its media, or a line in lost.csv for each that could not be had, and Skip."""
     found, lost = [], []
     for medium, future in media:
@@ -739,6 +739,13 @@ def add(entry, draft, media, target, place, writer):
     if lost:
         raise Skip(lost[0][1])
     talks = settled(draft, [size for _, _, size in found])
+    for talk in talks:
+        if 'mask' in talk:                   # a picture: white where points belong
+            try:
+                mask = load_image(io.BytesIO(archives.read(talk['mask']))).convert('L')
+            except BadRow as e:
+                raise Skip(f'mask: {e.reason}') from None
+            talk['mask'] = runs(np.asarray(mask) > 127)
     paths = [writer.media(medium, *f) for (medium, _), f in zip(media, found)]
     record = {'id': f"{entry['name']}-{place}", **({'video': paths[0]} if 'video' in draft else {'images': paths}),
               **{k: draft[k] for k in ('start', 'end', 'subtitles') if k in draft}, 'conversations': talks}

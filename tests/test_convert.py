@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'prepare')]
-from convert import CONVERTERS, PREFIXED, Skip, options_of  # noqa: E402
+from convert import CONVERTERS, PREFIXED, Skip, options_of, runs  # noqa: E402
 
 URL = 'https://example.org/a.jpg'
 
@@ -322,6 +322,9 @@ def test_screens_and_masks():
     assert skipped('box_point', {'img_filename': 's.png', 'instruction': 'Close', 'bbox': []}) == 'no box'
     d = convert('mask_point', {'image_filename': 'a.jpg', 'mask_filename': 'm.png', 'category': 'c', 'user_input': 'Point to it.'})
     assert d['conversations'][0]['mask'] == 'm.png'
+    d = convert('mask_point', {'image_url': URL, 'label': 'cup', 'points': [{'x': 50., 'y': 20.}], 'masks': [[[False, True, False], [False, False, True]]]})
+    mask = d['conversations'][0]['messages'][1]['points']['points'][0]['mask']
+    assert mask == {'size': [2, 3], 'runs': [1, 1, 3, 1]} and runs([[1, 0]]) == {'size': [1, 2], 'runs': [0, 1, 1]}
     assert said(convert('clocks', {'image': {'bytes': b'1'}, 'text': 'It is 10:09.'}))[0][2] == 'It is 10:09.'
 
 

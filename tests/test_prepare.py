@@ -26,7 +26,9 @@ import download  # noqa: E402
 from convert import CONVERTERS  # noqa: E402
 from hub import Hub  # noqa: E402
 
-from data import Dataset, normalise  # noqa: E402
+import eval as evaluation  # noqa: E402
+import metrics  # noqa: E402
+from data import Dataset, format_points, normalise  # noqa: E402
 from media import BadRow, load_image, load_video, open_media  # noqa: E402
 
 FIELDS = 'name stages task group rate hub config tables split validation examples style converter media automatic instructions'.split()
@@ -35,6 +37,11 @@ FIELDS = 'name stages task group rate hub config tables split validation example
 def jpeg(i, size=(40, 30)):
     out = io.BytesIO()
     Image.fromarray(np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(out, 'JPEG')
+    return out.getvalue()
+
+
+def png(pixels):
+    Image.fromarray(pixels.astype(np.uint8)).save(out := io.BytesIO(), 'PNG')
     return out.getvalue()
 
 
@@ -388,7 +395,7 @@ def miniature(entry, hub, i):
         'countbench-qa': {'image': image, 'question': 'How many cups are there?', 'count': 3, 'example_id': 'x', 'image_url': url},
         'eval-ai2d': {'image': image, 'question': 'Which?', 'options': ['no', 'yes'], 'answer': '1'},
         'eval-science-qa': {'image': image, 'question': 'Which?', 'hint': '', 'choices': ['no', 'yes'], 'answer': 1},
-        'pixmo-points-eval': {'image_url': url, 'label': 'cup', 'points': [{'x': 5., 'y': 9.}], 'masks': [[True]]},
+        'pixmo-points-eval': {'image_url': url, 'label': 'cup', 'points': [{'x': 5., 'y': 9.}], 'masks': [[[True, True], [False, False]]]},
         'point-bench': {'image_filename': in_archive, 'mask_filename': 'mask.png', 'category': 'spatial', 'user_input': 'Point to the cup.'},
         'screenspot-v2': {'instruction': 'close', 'bbox': [10, 5, 4, 4], 'img_filename': in_archive},
         'screenspot-pro': {'instruction': 'close', 'bbox': [10, 5, 14, 9], 'img_filename': in_archive, 'id': '1'},
@@ -442,7 +449,7 @@ def miniature(entry, hub, i):
 def offer(entry, hub):
     """Puts a miniature of a dataset where its line says that it is; returns its line with the addresses of our hub."""
     e, clip = dict(entry), download.encode([np.full((48, 64, 3), 60 * i, np.uint8) for i in range(4)], 2)
-    inside = {'videos/clip.mp4': clip} | {f'train2014/mini_{i}.jpg': jpeg(i) for i in range(4)}
+    inside = {'videos/clip.mp4': clip, 'selected_masks/mask.png': png(np.full((30, 40), 255, np.uint8) * (np.arange(30)[:, None] < 25))} | {f'train2014/mini_{i}.jpg': jpeg(i) for i in range(4)}
     inside |= {f'frames/horse/{i:05d}.jpg': jpeg(i) for i in range(4)} | {f'png/{i}.png': jpeg(i) for i in range(4)}
     if e['name'] == 'tabmwp-da':             # the name is the place
         inside = {f'{i}.png': jpeg(i) for i in range(4)}
@@ -531,6 +538,15 @@ def test_from_the_hub_to_five_steps_of_both_stages(hub, tmp_path):
         assert manifest['counts']['records'] >= 1 and e['name'] in out
         target = 'validation' if e['stages'] == 'eval' else 'train'
         assert normalise(records(tmp_path / 'data' / e['name'], target)[0])
+    # every held-out set gives a perfect answer all, and a useless one nothing
+    for e in (e for e in entries if e['stages'] == 'eval'):
+        dataset = Dataset(tmp_path / 'data' / e['name'], 'validation')
+        for item in (item for i in range(len(dataset)) for item in evaluation.questions(e['name'], dataset[i], i)):
+            pointed = item['points'] or item['mask'] and [{'x': .5, 'y': .5, 'id': 1}]
+            perfect = metrics.score(item, format_points(pointed, digits=4) if pointed else item['reference'])
+            useless = metrics.score(item, '<point 0.001, 0.999, 1>' * bool(pointed) + ' green elephants')
+            assert {a / b for a, b in perfect.values()} == {1.}, (e['name'], item, perfect)
+            assert not any(a for a, _ in useless.values()), (e['name'], item, useless)
     assert 'WRONG' not in run(hub, tmp_path, '--stage', 'all', '--check').stdout
     run(hub, tmp_path, '--pages', '2')
     index = (tmp_path / 'data/index.html').read_text()
