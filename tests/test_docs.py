@@ -38,7 +38,7 @@ def test_files_exist(page):
     paths = {w for w in words if re.fullmatch(r'[\w.-]+(/[\w.-]+)*\.(py|md|txt|toml|png|svg|jsonl|jinja)', w)
              or re.fullmatch(r'(config|prepare|tests|docs)/[\w./-]*', w)}
     lost = [p for p in paths if not p.startswith(MADE) and not (ROOT / p).exists() and not (page.parent / p).exists()
-            and not p.endswith(('.points.png', 'train.jsonl', 'metrics.jsonl', 'skipped.jsonl', 'validation.jsonl'))]
+            and not p.endswith(('.points.png', 'train.jsonl', 'metrics.jsonl', 'skipped.jsonl', 'validation.jsonl', 'predictions.jsonl'))]
     assert not lost
 
 

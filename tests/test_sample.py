@@ -47,14 +47,26 @@ def run(*args, cwd=None):
                           capture_output=True, text=True)
 
 
+@pytest.fixture
+def ask(checkpoint, monkeypatch, capsys):
+    """sample.py with settings, without a process of its own -> what it prints."""
+    monkeypatch.chdir(checkpoint.parent)
+
+    def said(**settings):
+        with monkeypatch.context() as patch:
+            for name, value in dict(checkpoint=str(checkpoint), max_new_tokens=6, **settings).items():
+                patch.setattr(sample, name, value)
+            sample.main()
+        return capsys.readouterr().out
+    return said
+
+
 @pytest.mark.parametrize('images', [[], ['a.png'], ['a.png', 'b.png']])
-def test_none_one_and_two_pictures(checkpoint, images):
-    args = (f'--checkpoint={checkpoint}', '--prompt=What is <|image_pad|> here?', '--max_new_tokens=6',
-            '--image=' + ','.join(images))
-    one, two = (run(*args, cwd=checkpoint.parent) for _ in range(2))
-    assert one.returncode == 0, one.stderr
-    assert one.stdout == two.stdout and one.stdout.strip()
-    hot = [run(*args, '--temperature=2', f'--seed={s}', cwd=checkpoint.parent).stdout for s in (1, 1, 2)]
+def test_none_one_and_two_pictures(ask, images):
+    how = dict(prompt='What is <|image_pad|> here?', image=','.join(images))
+    one, two = ask(**how), ask(**how)
+    assert one == two and one.strip()
+    hot = [ask(**how, temperature=2., seed=s) for s in (1, 1, 2)]
     assert hot[0] == hot[1] != hot[2]
 
 
@@ -86,14 +98,11 @@ def test_points_go_to_their_picture(checkpoint, monkeypatch, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['b.points.png']
 
 
-def test_a_video_with_subtitles(checkpoint):
+def test_a_video_with_subtitles(checkpoint, ask):
     media = checkpoint.parent / 'clips' / 'media'
     (media / 'a.srt').write_text('00:00:00,000 --> 00:00:01,000\nHello\n')
-    args = (f'--checkpoint={checkpoint}', f'--video={media / "train-000000.mp4"}', '--subtitles=a.srt', '--prompt=What?',
-            '--max_new_tokens=6')
-    one, two, short = run(*args), run(*args), run(*args, '--end=1.0')
-    assert one.returncode == short.returncode == 0, one.stderr + short.stderr
-    assert one.stdout == two.stdout
+    how = dict(video=str(media / 'train-000000.mp4'), subtitles='a.srt', prompt='What?')
+    assert ask(**how) == ask(**how) and ask(**how, end=1.).strip()
 
 
 def test_a_track_is_printed_and_drawn(checkpoint, monkeypatch, capsys, tmp_path):
@@ -197,11 +206,23 @@ def test_the_page(page, checkpoint):
     assert connection.getresponse().status == 403 and not talking.messages
 
 
-@pytest.mark.parametrize('args,words', [
-    ((), 'give --checkpoint'), (('--prompt=x', '--image=gone.png'), 'gone.png: No such file'),
-    (('--prompt=x', '--image=text.jpg'), 'text.jpg: not a picture'), (('--prompt=x', '--video=text.jpg'), 'not a video that can be read'),
-    (('--prompt=x', '--video=gone.mp4'), 'gone.mp4: No such file'), (('--prompt=x', '--video=a', '--image=b'), 'give --checkpoint'), (('--prompt=x', '--checkpoint=nowhere'), 'nowhere')])
-def test_mistakes_are_one_line(checkpoint, args, words):
+@pytest.mark.parametrize('how,words', [
+    (dict(image='gone.png'), 'gone.png: No such file'), (dict(image='text.jpg'), 'text.jpg: not a picture'),
+    (dict(video='text.jpg'), 'not a video that can be read'), (dict(video='gone.mp4'), 'gone.mp4: No such file'),
+    (dict(video='a', image='b'), 'give --checkpoint'), (dict(checkpoint='nowhere'), 'nowhere')])
+def test_mistakes_are_told(checkpoint, ask, monkeypatch, how, words):
     (checkpoint.parent / 'text.jpg').write_text('hello')
-    done = run(*((f'--checkpoint={checkpoint}',) if '--checkpoint=nowhere' not in args else ()), *args, cwd=checkpoint.parent)
-    assert done.returncode == 1 and words in done.stderr and done.stderr.count('\n') == 1, done.stderr
+    if 'checkpoint' in how:
+        monkeypatch.setattr(sample, 'checkpoint', how['checkpoint'])
+        monkeypatch.setattr(sample, 'prompt', 'x')
+        with pytest.raises(m.UserError, match=words):
+            sample.main()
+        return
+    with pytest.raises(m.UserError, match=words) as e:
+        ask(prompt='x', **how)
+    assert '\n' not in str(e.value)
+
+
+def test_a_mistake_is_one_line(checkpoint):
+    done = run(f'--checkpoint={checkpoint}')
+    assert done.returncode == 1 and 'give --checkpoint' in done.stderr and done.stderr.count('\n') == 1, done.stderr
