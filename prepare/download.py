@@ -187,7 +187,8 @@ class Archives:
     def _found(self, path):
         """(name, (archive, how to read it)) of all files in a folder or an archive, or of a file."""
         if path.is_dir():
-            found = [(f.relative_to(path).as_posix(), (path, None)) for f in sorted(path.rglob('*')) if f.is_file()]
+            names = [f.relative_to(path).as_posix() for f in sorted(path.rglob('*')) if f.is_file()]
+            found = [(name, (path, name)) for name in names]
         elif zipfile.is_zipfile(path):
             z = zipfile.ZipFile(path)
             found = [(m.filename, (z, m)) for m in z.infolist() if not m.is_dir()]
@@ -202,12 +203,12 @@ class Archives:
             with tarfile.open(path) as tar:
                 found = [(m.name.removeprefix('./'), (path, m)) for m in tar if m.isreg()]
         else:
-            found = [(f'{path.parent.name}/{path.name}', (path.parent.parent, None))]
+            found = [(f'{path.parent.name}/{path.name}', (path.parent, path.name))]
         for name, (archive, how) in found:
             if not name.lower().endswith(self.INSIDE) or path.name == Path(name).name:
                 yield name, (archive, how)
                 continue
-            inner = archive / name if how is None else path.with_name(f'{path.name}.{name.replace("/", "-")}')
+            inner = archive / how if isinstance(how, str) else path.with_name(f'{path.name}.{name.replace("/", "-")}')
             if not inner.exists():
                 zipped, part = isinstance(archive, zipfile.ZipFile), inner.with_name(inner.name + '.part')
                 source = archive.open(how) if zipped else Part(archive, how.offset_data, how.size)
@@ -227,7 +228,7 @@ class Archives:
             return self._bytes(only(found, path))
         if folders := self.folders.get(last) or self.folders.get(stem):    # masks lie in folders of the same names
             pictures = [f for f in folders if not re.search('annotation|mask', f, re.I)] or list(folders)
-            return [self._bytes(frame) for frame in sorted(folders[only(pictures, path)])]
+            return [self._bytes(frame) for frame in sorted(folders[only(pictures, path)], key=counted)]
         if found := self.stems.get(f'{last}_*'):
             return self._bytes(only(found, path))
         raise BadRow('not in the archives', path)
@@ -238,8 +239,8 @@ class Archives:
     def _bytes(self, name):
         archive, member = self.members[name]
         try:
-            if member is None:
-                return (archive / name).read_bytes()
+            if isinstance(member, str):
+                return (archive / member).read_bytes()
             if isinstance(archive, zipfile.ZipFile):
                 with self.lock:              # zipfile shares one position
                     return archive.read(member)
@@ -247,6 +248,11 @@ class Archives:
                 return f.read()
         except (OSError, zipfile.BadZipFile, zipfile.zlib.error) as e:
             raise BadRow('broken archive', f'{name}: {e}') from None
+
+
+def counted(name):
+    """To sort by: 9.jpg before 10.jpg."""
+    return [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', name)]
 
 
 def only(names, asked):

@@ -165,6 +165,13 @@ def test_archives_are_searched_by_path_end_and_name(tmp_path):
     assert a.read('c.png') == a.read('deep/c.png') == b'three' and a.read('horse') == [b'f0', b'f1']
     with pytest.raises(BadRow):
         a.read('missing')
+    (tmp_path / 'source/boat/img').mkdir(parents=True)
+    for i in (10, 9):                        # as TrackingNet and LaSOT name them
+        (tmp_path / f'source/boat/img/{i}.jpg').write_bytes(b'%d' % i)
+    with zipfile.ZipFile(tmp_path / 'source/deep/inner.zip', 'w') as z:
+        z.writestr('clips/v2.mp4', b'four')
+    a = download.Archives([tmp_path / 'a.zip', tmp_path / 'source'])
+    assert a.read('boat') == [b'9', b'10'] and a.read('v2') == b'four'
     (tmp_path / 'other/deep').mkdir(parents=True)
     (tmp_path / 'other/deep/c.png').write_bytes(b'another')          # the same path: which is meant?
     (tmp_path / 'other/Annotations/horse').mkdir(parents=True)
@@ -173,7 +180,7 @@ def test_archives_are_searched_by_path_end_and_name(tmp_path):
     assert a.read('horse') == [b'f0', b'f1']
     with pytest.raises(BadRow) as e:
         a.read('c.png')
-    assert e.value.reason == 'several of that name'
+    assert e.value.reason == 'several of that name' and a.read('other/deep/c.png') == b'another'
 
 
 # -- a whole dataset
