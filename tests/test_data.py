@@ -255,6 +255,9 @@ def test_transformers_reads_the_processor_of_a_checkpoint(world, tmp_path, pooli
                                    patch_size=8, feature_layers=(-1,)),
                               dict(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=1,
                                    head_dim=16, vocab_size=1024), pooling=pooling, **processor.token_ids()))
+    vlm.init_weights()
+    for p in vlm.parameters():
+        p.data += .2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
     m.save_model(vlm, tmp_path)
     processor.save(tmp_path)
     again = Processor.load(tmp_path, vlm.config)
@@ -276,6 +279,15 @@ def test_transformers_reads_the_processor_of_a_checkpoint(world, tmp_path, pooli
         patches = torch.from_numpy(processor.pixels(picture, processor.image_size)) * vlm.pixel_scale + vlm.pixel_shift
         expected = patches.view(4, 4, 8, 8, 3).permute(4, 0, 2, 1, 3).reshape(3, 32, 32)
         assert (got['pixel_values'][0] - expected).abs().max() < 1e-5
+        # a picture of another size, asked about there and here: the same text
+        picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (45, 70, 3), np.uint8))
+        text = theirs.apply_chat_template([{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'What is it?'}]}],
+                                          add_generation_prompt=True)
+        inputs = theirs(images=[picture], text=text, return_tensors='pt')
+        said = hf.AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).generate(**inputs, do_sample=False, max_new_tokens=24)
+        e = processor.prompt([{'role': 'user', 'content': 'What is it?'}], images=[picture])
+        ours = [t.item() for t in vlm.eval().generate(collate([[e]], processor, length=len(e.tokens)), 24)]
+        assert inputs['input_ids'][0].tolist() == e.tokens and said[0, len(e.tokens):].tolist() == ours and len(set(ours)) > 3
 
 
 # -- videos
