@@ -366,8 +366,12 @@ class Processor:
             image = image.crop((left, top, left + size, top + size))
         elif image.size != (size, size):     # stretch: nothing is lost, and fractions of the picture stay fractions
             image = image.resize((size, size), Image.Resampling.BICUBIC)
-        p, g = self.patch_size, size // self.patch_size
-        return np.asarray(image).reshape(g, p, g, p, 3).transpose(0, 2, 1, 3, 4).reshape(g * g, p * p * 3)
+        return self._patches(np.asarray(image))
+
+    def _patches(self, pixels):
+        """[height, width, 3] -> patches [n, patch_dim], in reading order."""
+        p, (rows, columns) = self.patch_size, (n // self.patch_size for n in pixels.shape[:2])
+        return pixels.reshape(rows, p, columns, p, 3).transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)
 
     def media(self, record, folder, room=None):
         """What a record shows, decoded: {'images': [...]} or {'clip': (times, frames), 'subtitles': [...]}. Of a video
@@ -603,11 +607,6 @@ class Molmo2Processor(Processor):
 
     def _tokens(self, number, columns):
         return number + (round(number ** .5) if columns else 0)
-
-    def _patches(self, pixels):
-        """[height, width, 3] -> patches [n, patch_dim], in reading order."""
-        p, (rows, columns) = self.patch_size, (n // self.patch_size for n in pixels.shape[:2])
-        return pixels.reshape(rows, p, columns, p, 3).transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)
 
     def tiling(self, height, width):
         """(rows, columns) of crops for a picture: of those that need no shrinking the one that enlarges least, else the

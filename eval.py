@@ -136,7 +136,7 @@ def open_data(names):
 
 
 def answered(model, processor, dataset, rows):
-    """(items with the model's answers, Counter of why rows could not be used) of some rows of a dataset."""
+    """(items with the model's answers, Counter of why rows could not be used, `losses`) of some rows of a dataset."""
     items, media, skipped = [], {}, Counter()
     for i in rows:
         try:

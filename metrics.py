@@ -260,16 +260,17 @@ def tracking(text, places, radius=RADIUS):
     for place in places:
         there[place['t']].append(place)
     together, told, asked = Counter(), Counter(p['id'] for p in points), Counter(p['id'] for p in places)
+    under = {t: [[j for j, o in enumerate(there[t]) if hits(p, o, radius)] for p in said[t]]
+             for t in [*times, *(t for t in said if t not in there)]}
     for t in times:                          # how long each id of the answer was in each object
-        together.update({(p['id'], o['id']) for p in said[t] for o in there[t] if hits(p, o, radius)})
+        together.update({(p['id'], there[t][j]['id']) for p, js in zip(said[t], under[t]) for j in js})
 
     def alike(a, b, n):
         return n / (told[a] + asked[b] - n)
-    f1, moments = 0., [*times, *(t for t in said if t not in there)]
-    for t in moments:                        # where several could be, those stay together that are so longest
+    f1 = 0.
+    for t in under:                          # where several could be, those stay together that are so longest
         near = lambda p, o: alike(p['id'], o['id'], together[p['id'], o['id']])
-        edges = [sorted((j for j, o in enumerate(there[t]) if hits(p, o, radius)), key=lambda j: -near(p, there[t][j]))
-                 for p in said[t]]
+        edges = [sorted(js, key=lambda j: -near(p, there[t][j])) for p, js in zip(said[t], under[t])]
         order = sorted(range(len(edges)), key=lambda i: -max((near(said[t][i], there[t][j]) for j in edges[i]), default=0))
         owner = matching([edges[i] for i in order])
         found += [(said[t][order[i]]['id'], there[t][j]['id']) for j, i in owner.items()]
@@ -277,7 +278,7 @@ def tracking(text, places, radius=RADIUS):
     true, all_of_them = len(found), len(points) + len(places) - len(found)
     association = sum(n * alike(a, b, n) for (a, b), n in Counter(found).items())
     return {'inside': (len({j for _, j in pairs}), len(places)), 'precision': (len({i for i, _ in pairs}), len(points)),
-            'F1': (f1, len(moments)), 'DetA': (true, all_of_them), 'AssA': (association, true),
+            'F1': (f1, len(under)), 'DetA': (true, all_of_them), 'AssA': (association, true),
             'HOTA': ((true / all_of_them * association / true) ** .5 if true else 0., 1)}
 
 

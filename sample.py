@@ -164,7 +164,7 @@ def talk(talking, names, clip):
             line = input('> ').strip()
         except EOFError:
             return
-        command, *files = line.split()[:1] + line.split()[1:] if line else ['']
+        command, *files = line.split() or ['']
         try:
             if command == '/quit':
                 return
@@ -206,7 +206,7 @@ def main():
     names = list(filter(None, image.split(',')))
     for name in filter(None, [video, *names]):
         open_file(name).close()              # before the weights: a wrong name is answered at once
-    model, processor, source = load_checkpoint(checkpoint)
+    model, processor, _ = load_checkpoint(checkpoint)
     processor.max_frames = max_frames or processor.max_frames
     model.to(pick_device(device), getattr(torch, dtype)).eval()
     if compile:

@@ -38,7 +38,7 @@ def server(talking, load_media, port):
 
         def is_ours(self):
             """Not another site's page that a browser has open, under whatever name it knows this address."""
-            here = {f'{name}:{port_of(self.server)}' for name in ('localhost', '127.0.0.1')}
+            here = {f'{name}:{self.server.server_port}' for name in ('localhost', '127.0.0.1')}
             origin = self.headers.get('Origin')
             return self.headers.get('Host') in here and (origin is None or urlparse(origin).netloc in here)
 
@@ -104,5 +104,4 @@ def server(talking, load_media, port):
                 except BadRow as e:
                     self.wfile.write((json.dumps({'error': str(e)}) + '\n').encode())
 
-    port_of = lambda server: server.server_address[1]
     return ThreadingHTTPServer(('127.0.0.1', port), Handler)
