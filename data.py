@@ -272,6 +272,13 @@ class Example:
     pool_index: np.ndarray = None                      # [visual tokens, window], into crops x patches
     visual_index: np.ndarray = None                    # [visual tokens], into tokens
 
+    def add(self, ids, weights, task):
+        """A conversation about what is shared, as the next branch. Its positions follow the shared part's."""
+        shared = self.branches.count(0)
+        self.positions += range(shared, shared + len(ids))
+        self.branches += [self.branches[-1] + 1 if self.branches else 1] * len(ids)
+        self.tokens, self.weights, self.tasks = self.tokens + ids, self.weights + weights, self.tasks + [task] * len(ids)
+
 
 def windows(grid, k):
     """[tokens, k x k] patches of each pooled token of a grid (rows, columns), windows in reading order; -1 beyond the
@@ -472,10 +479,7 @@ class Processor:
         for ids, weights, task in talks:
             if not any(weights) or len(e.tokens) + len(ids) > self.seq_len:
                 continue
-            branch = e.branches[-1] + 1 if e.branches else 1
-            e.positions += range(shared, shared + len(ids))
-            e.tokens, e.weights = e.tokens + ids, e.weights + weights
-            e.branches, e.tasks = e.branches + [branch] * len(ids), e.tasks + [task] * len(ids)
+            e.add(ids, weights, task)
         if len(e.tokens) == shared:
             raise BadRow('too long', f'{shared} tokens of pictures and a shortest conversation of {min(lengths)} do '
                                      f'not fit seq_len {self.seq_len}')
@@ -483,12 +487,15 @@ class Processor:
             e.weights = [w / e.branches[-1] ** .5 for w in e.weights]
         return e
 
-    def prompt(self, messages, **media):
-        """Messages that end with a user turn, and `media` as above -> Example that ends where the answer begins."""
+    def prompt(self, *talks, **media):
+        """Messages that end with a user turn, and `media` as above -> Example that ends where the answer begins. Of
+        several such conversations about the same media each is a branch."""
         e = self._shared(**media)
-        ids, _, _ = self._dialogue({'messages': messages}, past=self.past)
-        e.tokens = e.tokens + ids + self.newline + self.role('assistant')
-        return self._only_seen(e)
+        for messages in talks:
+            ids, _, task = self._dialogue({'messages': messages}, past=self.past)
+            ids = ids + self.newline + self.role('assistant')
+            e.add(ids, [0.] * len(ids), task)
+        return e
 
     # -- what travels with a checkpoint
 
@@ -717,9 +724,9 @@ CHAT_TEMPLATE = """\
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches
 
-def collate(rows, processor, length=0, left=False):
+def collate(rows, processor, length=0):
     """Lists of examples -> a batch for the model. A row is one list: its examples one after the other as documents 0,
-    1, .., padded to `length` or the longest row (on the left for generation)."""
+    1, .., padded to `length` or the longest row."""
     sizes = [[len(e.tokens) for e in row] for row in rows]
     B, L = len(rows), length or -(-max(map(sum, sizes)) // 8) * 8      # of eight, as vector units like
     tokens = np.full((B, L), processor.pad)
@@ -728,7 +735,7 @@ def collate(rows, processor, length=0, left=False):
     documents = np.full((B, L), -1)
     seen = {processor.grid: [], processor.frame_grid: []}              # pictures first, then frames of another size
     for b, row in enumerate(rows):
-        start = L - sum(sizes[b]) if left else 0
+        start = 0
         for i, e in enumerate(row):
             here = slice(start, start + len(e.tokens))
             tokens[b, here], positions[b, here], branches[b, here] = e.tokens, e.positions, e.branches
@@ -745,8 +752,8 @@ def collate(rows, processor, length=0, left=False):
              'loss_tasks': tasks.flatten()[loss_index]}
     batch.update(see(seen))
     batch = {k: torch.from_numpy(v) for k, v in batch.items()}
-    # Plain causal attention is the mask where rows hold one document with at most one branch, and no padding in front
-    batch['causal'] = int(branches.max()) <= 1 and int(documents.max()) <= 0 and not (left and (documents < 0).any())
+    # Plain causal attention is the mask where rows hold one document with at most one branch
+    batch['causal'] = int(branches.max()) <= 1 and int(documents.max()) <= 0
     # Counted here, on the CPU, so that the training loop need not ask the device: tokens, pairs that see each other (a
     # token at position p sees p + 1), the sum of the loss weights
     batch.update(grid=processor.grid, frame_grid=processor.frame_grid, n_tokens=int((documents >= 0).sum()),

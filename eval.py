@@ -107,22 +107,25 @@ def questions(dataset, record, where):
                    'objects', 'metric', 'options', 'right', 'windows', 'mask')}}
 
 
-def answer_all(model, processor, items, media):
-    """The model's answers, as texts, in the order of `items`; media: record -> what it shows. Greedy."""
-    examples = [processor.prompt(item['messages'], **media[item['record']]) for item in items]
-    texts = [''] * len(items)
-    # answers of one task end at about the same time, prompts of one length need no padding
-    order = sorted(range(len(items)), key=lambda i: (items[i]['task'], len(items[i]['reference']),
-                                                     len(examples[i].tokens)))
-    where = model.pixel_scale.device
-    for start in range(0, len(order), batch_size):
-        chosen = order[start:start + batch_size]
-        batch = collate([[examples[i]] for i in chosen], processor, left=True)
+def answer_all(model, processor, records):
+    """Answers, greedily, what is asked about each record, a pair (what it shows, items): the text becomes an item's
+    'prediction'. What a record shows is encoded once for up to `batch_size` questions about it."""
+    rows, where = [], model.pixel_scale.device
+    for media, items in records:
+        for asked in (items[i:i + batch_size] for i in range(0, len(items), batch_size)):
+            rows.append((processor.prompt(*(item['messages'] for item in asked), **media), asked))
+    rows.sort(key=lambda row: len(row[0].tokens))                        # rows of one length need no padding
+    batches = [[]]
+    for row in rows:
+        if sum(len(asked) for _, asked in batches[-1]) + len(row[1]) > batch_size:
+            batches.append([])
+        batches[-1].append(row)
+    for chosen in filter(None, batches):
+        batch = collate([[example] for example, _ in chosen], processor)
         batch = {k: v.to(where) if torch.is_tensor(v) else v for k, v in batch.items()}
         tokens = torch.stack(list(model.generate(batch, max_new_tokens)), 1).tolist()
-        for i, row in zip(chosen, tokens):
-            texts[i] = processor.decode([t for t in row if t not in (-1, processor.im_end)])
-    return texts
+        for item, row in zip((item for _, asked in chosen for item in asked), tokens):
+            item['prediction'] = processor.decode([t for t in row if t not in (-1, processor.im_end)])
 
 
 def open_data(names):
@@ -137,18 +140,18 @@ def open_data(names):
 
 def answered(model, processor, dataset, rows):
     """(items with the model's answers, Counter of why rows could not be used, `losses`) of some rows of a dataset."""
-    items, media, skipped = [], {}, Counter()
+    records, skipped = {}, Counter()
     for i in rows:
         try:
             record = dataset[i]
-            media[i] = processor.media(record, dataset.folder, processor.seq_len - max_new_tokens)
-            items += questions(dataset.name, record, i)
+            media = processor.media(record, dataset.folder, processor.seq_len - max_new_tokens)
+            records[i] = media, list(questions(dataset.name, record, i))
         except BadRow as e:
             skipped[f'{dataset.name}: {e.reason}'] += 1
             tqdm.write(f'skipped {dataset.where(i)}: {e}', file=sys.stderr)
-    texts = answer_all(model, processor, items, media)
-    items = [{**item, 'prediction': text} for item, text in zip(items, texts)]
-    return items, skipped, losses(model, processor, dataset, media) if loss else {}
+    answer_all(model, processor, records.values())
+    items = [item for _, asked in records.values() for item in asked]
+    return items, skipped, losses(model, processor, dataset, records) if loss else {}
 
 
 @torch.inference_mode()

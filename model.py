@@ -617,19 +617,42 @@ def rotate(x, cos, sin):
 
 
 class KVCache:
-    """Keys and values of the tokens so far. Room for `size` tokens is allocated once."""
+    """Keys and values of the first `length` tokens of each answer. Room for `size` tokens is allocated once."""
 
-    def __init__(self, config, batch, size, dtype, device):
-        shape = (config.num_layers, batch, config.num_kv_heads, size, config.head_dim)
+    def __init__(self, config, answers, size, dtype, device):
+        shape = (config.num_layers, answers, config.num_kv_heads, size, config.head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.length = 0
 
     def extend(self, layer, key, value):
-        """Adds this call's keys and values [B, kv heads, L, D]; returns all so far. The last layer moves `length`."""
+        """Adds keys and values [B, kv heads, L, D]; returns all so far."""
         end = self.length + key.shape[2]
         self.keys[layer, :, :, self.length:end] = key
         self.values[layer, :, :, self.length:end] = value
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def gather(self, context, layer, key, value):
+        """Takes from a batch's keys and values [B, kv heads, L, D] what each answer is to see: `contexts` [Q, S]."""
+        for kept, x in ((self.keys, key), (self.values, value)):
+            kept[layer, :, :, :context.shape[1]] = x.transpose(1, 2).flatten(0, 1)[context].transpose(1, 2)
+        return key, value
+
+    def keep(self, answers):
+        self.keys, self.values = self.keys[:, answers], self.values[:, answers]
+
+
+def contexts(document_ids, branch_ids):
+    """What the answers that begin at the end of each branch will see, [Q, S]: places in the flattened [B, L] batch, -1 in
+    front of the shorter ones. A document without branches has one answer, at its end."""
+    L = document_ids.shape[1]
+    next_document, next_branch = (F.pad(x[:, 1:], (0, 1), value=-1) for x in (document_ids, branch_ids))
+    ends = (document_ids != next_document) | (branch_ids > 0) & (branch_ids != next_branch)
+    row, column = (ends & (document_ids >= 0)).nonzero(as_tuple=True)                            # [Q]
+    branch = branch_ids[row]                                                                     # [Q, L]
+    sees = document_ids[row] == document_ids[row, column, None]
+    sees &= (branch == 0) | (branch == branch_ids[row, column, None])
+    order = sees.long().argsort(dim=1, stable=True)[:, -int(sees.sum(1).max()):]
+    return torch.where(sees.gather(1, order), row[:, None] * L + order, -1)
 
 
 class Attention(nn.Module):
@@ -684,7 +707,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, position_ids, mask, cache=None, rows=None):
+    def forward(self, x, position_ids, mask, extend=None, rows=None):
         rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta)
         rotary = [t.to(compute_dtype(x)) for t in rotary]   # as queries and keys: no wider products, no copies
         dropout = self.dropout if self.training else 0.
@@ -693,9 +716,7 @@ class Decoder(nn.Module):
             if runs_again(self.recompute, i):
                 x = checkpoint(block, x, rotary, mask, None, keep, dropout, use_reentrant=False)
             else:
-                x = block(x, rotary, mask, partial(cache.extend, i) if cache else None, keep, dropout)
-        if cache is not None:
-            cache.length += position_ids.shape[1]
+                x = block(x, rotary, mask, extend and partial(extend, i), keep, dropout)
         return self.norm(x)
 
     def step(self, token, rotary, scale, bias, cache):
@@ -941,49 +962,58 @@ class VLM(nn.Module):
 
     @torch.inference_mode()
     def generate(self, batch, max_new_tokens, temperature=0., top_k=0, top_p=1., repetition_penalty=1., seed=0, cache=None):
-        """Yields the next token of every row, [B], until all rows have ended; -1 for a row that has.
+        """Greedily, or by chance, the answers at the end of every branch of a batch (`contexts`), which is encoded once:
+        yields their next tokens [Q] until all have ended; -1 for one that has.
 
-        Rows of unequal length are padded on the left (document_ids -1). temperature 0 takes the likeliest token. With a
-        cache that holds the first tokens of the only row, only the others are encoded; there must be room for the answer.
+        temperature 0 takes the likeliest token. With a cache that holds the first tokens of the only answer, only the
+        others are encoded; there must be room for the answer.
         """
-        tokens, padding = batch['tokens'], batch['document_ids'] < 0                             # [B, L]
-        B, L = tokens.shape
-        generator = torch.Generator(tokens.device).manual_seed(seed)
+        tokens, context = batch['tokens'], contexts(batch['document_ids'], batch['branch_ids'])  # [B, L], [Q, S]
+        dev, padding, last, (Q, S) = tokens.device, context < 0, context[:, -1], context.shape
+        generator = torch.Generator(dev).manual_seed(seed)
         said = None                        # tokens that were said or read: less likely by the penalty (Keskar et al. 2019)
         if repetition_penalty != 1:
-            said = torch.zeros(B, self.output_weight().shape[0], dtype=torch.bool, device=tokens.device)
-            row, column = (~padding & (tokens < said.shape[1])).nonzero(as_tuple=True)
-            said[row, tokens[row, column]] = True
+            said = torch.zeros(Q, self.output_weight().shape[0], dtype=torch.bool, device=dev)
+            read = tokens.flatten()[context]
+            row, column = (~padding & (read < said.shape[1])).nonzero(as_tuple=True)
+            said[row, read[row, column]] = True
         if cache is not None and cache.length:
-            new, n = tokens[:, cache.length:], cache.length                                      # [1, L - n]
-            mask = torch.ones(1, 1, L - n, L, dtype=torch.bool, device=tokens.device).tril(n)
-            hidden = self.language_model(self.language_model.embed_tokens(new), batch['position_ids'][:, n:], mask, cache)
+            new, n = tokens[:, cache.length:], cache.length                                      # [1, S - n]
+            x, mask = self.language_model.embed_tokens(new), torch.ones(1, 1, S - n, S, dtype=torch.bool, device=dev).tril(n)
+            hidden = self.language_model(x, batch['position_ids'][:, n:], mask, cache.extend, last - n)
         else:
             x = self.embed(batch)
-            cache = cache or KVCache(self.config.language, B, L + max_new_tokens, x.dtype, x.device)
-            hidden = self.language_model(x, batch['position_ids'], self.mask(batch), cache)
-        hidden, done = hidden[:, -1], torch.zeros(B, dtype=torch.bool, device=tokens.device)
+            cache = cache or KVCache(self.config.language, Q, S + max_new_tokens, x.dtype, dev)
+            hidden = self.language_model(x, batch['position_ids'], self.mask(batch), partial(cache.gather, context), last)
+        cache.length = S
         bias = None                        # later steps see all that is not padding
         if padding.any():
-            bias = torch.zeros(B, 1, 1, L + max_new_tokens, dtype=hidden.dtype, device=hidden.device)
-            bias[..., :L].masked_fill_(padding[:, None, None], -torch.inf)
-        places = batch['position_ids'][:, -1:] + torch.arange(1, max_new_tokens + 1, device=tokens.device)
+            bias = torch.zeros(Q, 1, 1, S + max_new_tokens, dtype=hidden.dtype, device=dev)
+            bias[..., :S].masked_fill_(padding[:, None, None], -torch.inf)
+        places = batch['position_ids'].flatten()[last, None] + torch.arange(1, max_new_tokens + 1, device=dev)
         text = self.config.language
-        table = [t.to(hidden.dtype) for t in rotary_table(places, text.head_dim, text.rope_theta)]
+        cos, sin = (t.to(hidden.dtype) for t in rotary_table(places, text.head_dim, text.rope_theta))
         scale = self.language_model.head_scales()
+        going, done = torch.arange(Q, device=dev), torch.zeros(Q, dtype=torch.bool, device=dev)
         for step in range(max_new_tokens):
-            logits = self.logits(hidden).float()                                                 # [B, V]
+            logits = self.logits(hidden).float()                                                 # [Q, V]
             if said is not None:
                 penalty = torch.where(logits > 0, 1 / repetition_penalty, repetition_penalty)
                 logits = torch.where(said, logits * penalty, logits)
             token = sample(logits, temperature, top_k, top_p, generator)
             if said is not None:
-                said[torch.arange(B, device=token.device), token] = True
-            yield token.masked_fill(done, -1)
+                said[torch.arange(len(token), device=dev), token] = True
+            yield token.new_full((Q,), -1).index_copy(0, going, token.masked_fill(done, -1))
             done = done | (token == self.config.eos_token_id)
-            if step == max_new_tokens - 1 or done.all():
+            left = len(done) - int(done.sum())
+            if step == max_new_tokens - 1 or not left:
                 return
-            hidden = self.language_model.step(token, [t[:, step] for t in table], scale, bias, cache)
+            if 2 * left <= len(done):      # half of the rows are read for nothing: go on without them
+                stay = (~done).nonzero()[:, 0]
+                going, done, token, cos, sin = (x[stay] for x in (going, done, token, cos, sin))
+                bias, said = (x if x is None else x[stay] for x in (bias, said))
+                cache.keep(stay)
+            hidden = self.language_model.step(token, (cos[:, step], sin[:, step]), scale, bias, cache)
 
 
 def compile_blocks(model, memory_budget=1., **how):

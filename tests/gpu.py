@@ -70,6 +70,6 @@ def test_compiled_blocks_give_the_loss_and_are_compiled_once():
 
 def test_generation_is_the_cpus():
     alone = build().eval()
-    batch = collate([[tree(1, 2)], [tree(2, 1)]], PROCESSOR, left=True)
+    batch = collate([[tree(1, 2)], [tree(2, 1)]], PROCESSOR)
     expected = list(alone.generate(batch, 32))
     assert [t.tolist() for t in moved(alone).generate(train.to_device(batch, DEVICE), 32)] == [t.tolist() for t in expected]

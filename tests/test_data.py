@@ -365,7 +365,7 @@ def test_pictures_and_frames_in_one_batch(world, tmp_path, two_branches, video_s
 
 # -- batches
 
-@pytest.mark.parametrize('how,packed', [({}, False), ({'left': True}, False), ({}, True), ({'length': 300}, False)])
+@pytest.mark.parametrize('how,packed', [({}, False), ({}, True), ({'length': 300}, False)])
 def test_collate(world, how, packed):
     processor = make_processor(world)
     datasets = [Dataset(world / 'shapes'), Dataset(world / 'shapes_text')]
@@ -377,8 +377,6 @@ def test_collate(world, how, packed):
     start_of, pairs = lambda b, e: b * L, 0
     if packed:
         start_of = lambda b, e: sum(len(x.tokens) for x in examples[:b])
-    elif how.get('left'):
-        start_of = lambda b, e: (b + 1) * L - len(e.tokens)
     assert batch['visual_index'].tolist() == (flat['tokens'] == processor.image_pad).nonzero()[:, 0].tolist()
     for b, e in enumerate(examples):
         start, n = start_of(b, e), len(e.tokens)

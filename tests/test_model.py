@@ -485,6 +485,14 @@ def test_generation_stops_at_the_end_token():
         assert torch.equal(row[:end + 1], want[:end + 1]) and (row[end + 1:] == -1).all()
 
 
+def test_contexts():
+    """Two documents with branches, one without, padding: who answers, and what each sees."""
+    document = torch.tensor([[0, 0, 0, 0, 0, 1, 1, -1], [0, 0, 0, 0, -1, -1, -1, -1]])
+    branch = torch.tensor([[0, 0, 1, 1, 2, 0, 0, 0], [1, 1, 2, 3, 0, 0, 0, 0]])
+    assert m.contexts(document, branch).tolist() == [[0, 1, 2, 3], [-1, 0, 1, 4], [-1, -1, 5, 6],
+                                                     [-1, -1, 8, 9], [-1, -1, -1, 10], [-1, -1, -1, 11]]
+
+
 def test_sampling_filters():
     scores = torch.tensor([[4., 3, 2, 1, 0]]).expand(4000, 5)
     draw = lambda **kw: m.sample(scores, **dict(temperature=1., top_k=0, top_p=1.,  # noqa: E731
