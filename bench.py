@@ -130,14 +130,14 @@ def peer_train_step(peer, batch, pictures, pixels, lr=1e-4):
     return step
 
 
-def generation(model, batch):
-    return lambda: torch.stack(list(model.generate(batch, NEW_TOKENS)), 1)
+def generation(model, batch, n):
+    return lambda: torch.stack(list(model.generate(batch, n)), 1)
 
 
-def peer_generation(peer, batch, pictures, pixels):
+def peer_generation(peer, batch, pictures, pixels, n):
     def run():
         out = peer.generate(input_ids=batch['tokens'], pixel_values=pixels(pictures), do_sample=False,
-                            attention_mask=torch.ones_like(batch['tokens']), max_new_tokens=NEW_TOKENS,
+                            attention_mask=torch.ones_like(batch['tokens']), max_new_tokens=n,
                             eos_token_id=None, pad_token_id=0)
         return out[:, batch['tokens'].shape[1]:]
     return run
@@ -191,28 +191,37 @@ def row(cells):
     print('| ' + ' | '.join(str(c).rjust(w) for c, w in zip(cells, (5, 22, 14, 14, 7, 22))) + ' |', flush=True)
 
 
-def bench(size, what, against, repeats, seed):
-    """Prints one line for each shape of this size."""
-    shapes = [(PICTURES, text) for text in TEXT] if what == 'train' else [(rows, PROMPT) for rows in (1, 8)]
-    for rows, text in shapes:
+def bench_train(size, against, repeats, seed):
+    """Prints a line for each length of text."""
+    for text in TEXT:
         model = make_model(size, seed)
-        batch, pictures = make_batch(model.config, rows, text, seed)
-        runs = [train_step(model, batch) if what == 'train' else generation(model, batch)]
+        batch, pictures = make_batch(model.config, PICTURES, text, seed)
+        runs = [train_step(model, batch)]
+        if against:
+            runs.append(peer_train_step(open_in_transformers(model), batch, pictures, lambda x: pixel_values(model, x)))
+        seconds, first = interleave(runs, repeats)
+        speed = [f"{batch['tokens'].numel() / s:,.0f}" for s in seconds]
+        row([size, f'step, {PICTURES} x {text} text', *speed, f'{seconds[1] / seconds[0]:.2f}',
+             f'loss differs {abs(first[0] - first[1]):.1e}'] if against else
+            [size, f'step, {PICTURES} x {text} text', *speed, f'{seconds[0] * 1000:,.0f} ms', '',
+             f'{flops_per_step(model, batch) / seconds[0] / 1e9:,.0f} GFLOP/s'])
+
+
+def bench_generate(size, against, repeats, seed):
+    """Prints two lines for each number of rows: how soon the first token comes, how fast the others follow."""
+    for rows in (1, 8):
+        model = make_model(size, seed)
+        batch, pictures = make_batch(model.config, rows, PROMPT, seed)
+        runs = [generation(model, batch, n) for n in (1, NEW_TOKENS)]
         if against:
             peer, pixels = open_in_transformers(model), lambda x: pixel_values(model, x)
-            runs.append(peer_train_step(peer, batch, pictures, pixels) if what == 'train'
-                        else peer_generation(peer, batch, pictures, pixels))
-        seconds, first = interleave(runs, repeats)
-        tokens = batch['tokens'].numel() if what == 'train' else rows * NEW_TOKENS
-        name = f'step, {rows} x {text} text' if what == 'train' else f'generate {NEW_TOKENS}, batch {rows}'
-        ours, theirs = (f'{tokens / s:,.0f}' for s in (seconds + [float('inf')])[:2])
-        if against:
-            same = f'loss differs {abs(first[0] - first[1]):.1e}' if what == 'train' else \
-                f'{(first[0] == first[1]).float().mean():.0%} of tokens equal'
-            row([size, name, ours, theirs, f'{seconds[1] / seconds[0]:.2f}', same])
-        else:
-            speed = f'{flops_per_step(model, batch) / seconds[0] / 1e9:,.0f} GFLOP/s' if what == 'train' else ''
-            row([size, name, ours, f'{seconds[0] * 1000:,.0f} ms', '', speed])
+            runs += [peer_generation(peer, batch, pictures, pixels, n) for n in (1, NEW_TOKENS)]
+        seconds, said = interleave(runs, repeats)
+        first, rest = seconds[::2], [b - a for a, b in zip(seconds[::2], seconds[1::2])]
+        same = f'{(said[1] == said[3]).float().mean():.0%} of tokens equal' if against else ''
+        for name, cells, s in ((f'first token, {rows} rows', [f'{1000 * s:,.0f} ms' for s in first], first),
+                               ('the others', [f'{rows * (NEW_TOKENS - 1) / s:,.0f}' for s in rest], rest)):
+            row([size, name, *cells, *([f'{s[1] / s[0]:.2f}', same] if against else ['', '', ''])])
 
 
 def make_clip(path, seconds, rate=30, size=(640, 360)):
@@ -437,7 +446,7 @@ def main():
     row(['-' * w for w in (5, 22, 14, 14, 7, 22)])
     for size in args.size.split(','):
         for what in args.what.split(','):
-            bench(size, what, args.against, args.repeats, args.seed)
+            {'train': bench_train, 'generate': bench_generate}[what](size, args.against, args.repeats, args.seed)
     print(f'peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB'
           + (' (both libraries together)' if args.against else ''))
 

@@ -199,8 +199,9 @@ def evaluate(model, processor, datasets, number=0, cache=None):
                     f.write(json.dumps(chunk) + '\n')
             bar.update(b - a)
     if ranks > 1:
-        torch.distributed.barrier()
-        known = answers_kept(cache)
+        every = [None] * ranks
+        torch.distributed.all_gather_object(every, known)
+        known = {key: chunk for one in every for key, chunk in one.items()}
     pending, skipped, sums = [], Counter(), defaultdict(lambda: [0., 0])
     for dataset, a, b in chunks:
         chunk = known[dataset.name, a, b]

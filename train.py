@@ -99,6 +99,7 @@ seed = 1337
 log_interval = 10              # steps between reads of the device; every step is in metrics.jsonl all the same
 eval_interval = 1000           # steps between validation losses; 0 never
 eval_batches = 20
+eval_answers = 0               # then, too, records of each validation set whose questions are answered and scored (eval.py)
 save_interval = 5000
 keep = 3                       # checkpoints kept; 0 keeps all
 hang_after = 300               # seconds without progress after which several processes say where each of them is
@@ -124,9 +125,10 @@ from tqdm import tqdm  # noqa: E402
 
 from data import (TASKS, Dataset, Loader, Mixture, Processor, deal_out, is_released, mixture_sets, mixture_table,  # noqa: E402
                   open_mixture, processor_settings, share_rows)
+from eval import evaluate as answers, summarise, table  # noqa: E402
 from model import (UserError, VLM, compile_blocks, copy_tensors, from_hf, full_row_patches, layout, load_weights,  # noqa: E402
                    make_config, memory_estimate, newest, part_table, pick_device, pick_dtype, planned_model, read_json,
-                   whole, write_model)
+                   separate, whole, write_model)
 from parallel import (Watchdog, from_rank_0, gather, local_world_size, rank, row_group, shard, start, sum_over_ranks,  # noqa: E402
                       world_size)
 
@@ -195,6 +197,9 @@ def build(checkpoint, dev, amp):
         model = set_trained(VLM(config)).to(pick_dtype(master_dtype, dev))
     if parallel not in ('ddp', 'fsdp', 'hsdp'):
         raise UserError(f"parallel = '{parallel}' is not one of ddp, fsdp, hsdp")
+    if eval_answers and world_size > 1 and (parallel != 'ddp' or cp > 1):
+        raise UserError("eval_answers needs all the weights and whole rows on each process: parallel = 'ddp' and cp = 1. "
+                        "Else set it to 0 and give the checkpoints to eval.py")
     model.group = row_group(cp, config.language.num_heads)
     if parallel != 'ddp' and world_size > 1:
         shard(model, parallel == 'hsdp', None if amp == torch.float32 else amp, reshard, offload)
@@ -402,6 +407,16 @@ def evaluate(model, make_loader, dev, autocast):
     return {'loss': total / max(weight, 1e-9), **task_losses(sum_over_ranks(sums))}
 
 
+def ask(model, processor, datasets, autocast):
+    """[{dataset, task, metric, score, ..}] of the model's answers about the first eval_answers records of each dataset."""
+    model.eval()
+    with autocast, torch.compiler.set_stance('force_eager'):             # every prompt has a length of its own
+        rows, _, _ = answers(model, processor, datasets, eval_answers)
+    separate(model)
+    model.train()
+    return summarise(rows)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: written under another name, flushed, renamed; `latest` last. A crash leaves the one before.
 
@@ -594,7 +609,7 @@ def load_state(folder, model, optimizers, rows):
     if len(places) == world_size // cp:
         torch.set_rng_state(places[rank // cp]['rng'])
     loader = deal_out([place['loader'] for place in places], world_size // cp, rows)[rank // cp]
-    ignored = ('max_steps', 'out_dir', 'dry_run', 'log_interval', 'save_interval', 'eval_interval', 'keep')
+    ignored = ('max_steps', 'out_dir', 'dry_run', 'log_interval', 'save_interval', 'eval_interval', 'eval_answers', 'keep')
     for key, value in settings.items():
         if key not in ignored and (before := state['settings'].get(key, repr(value))) != repr(value):
             print(f"note: {key} was {before} in this run's checkpoint and is {value!r} now")
@@ -811,9 +826,14 @@ def main():
         if held_out and (step % eval_interval == 0 or step == max_steps):
             watchdog.at('at the validation sets')
             result = evaluate(model, make_loader, dev, autocast)
+            tqdm.write(f'step {step}: validation ' + ', '.join(f'{k} {v:.3f}' for k, v in result.items()))
+            if eval_answers:
+                watchdog.at('answering the validation sets')
+                scores = ask(model, processor, held_out.rows.mixture.datasets, autocast)
+                tqdm.write(table(scores))
+                result |= {f"{s['dataset']}/{s['task']}/{s['metric']}": s['score'] for s in scores}
             log.add({'step': step, **{f'validation/{k}': v for k, v in result.items()}})
             log.flush()
-            tqdm.write(f'step {step}: validation ' + ', '.join(f'{k} {v:.3f}' for k, v in result.items()))
             clock = time.perf_counter()
         if saving:
             watchdog.at('copying the checkpoint')

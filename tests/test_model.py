@@ -440,14 +440,14 @@ def test_greedy_generation(kind, tmp_path):
     model = ours(config)
     save_model(model, tmp_path)
     peer, pictures, pool = theirs(tmp_path), None, None
-    rows = [text(7), text(12, 1), text(3, 2)]
+    rows = [text(7), text(12, 1), text(3, 2), text(9, 3)]              # four: packed_linear is at work
     if kind == 'llava':
-        pictures = images(3)
-        rows = [text(i) + span(16) + text(5 + i, 1) for i in (0, 2, 5)]
+        pictures = images(4)
+        rows = [text(i) + span(16) + text(5 + i, 1) for i in (0, 2, 5, 3)]
     if kind == 'molmo2':
-        pictures, pool = images(3), windows(3, 4, 2)
+        pictures, pool = images(4), windows(4, 4, 2)
         pool[1:7:2, 3] = -1
-        rows = [text(i) + [MOLMO2_IDS[4]] + [MOLMO2_IDS[2]] * 4 + [MOLMO2_IDS[1]] + text(5 + i, 1) for i in (0, 2, 5)]
+        rows = [text(i) + [MOLMO2_IDS[4]] + [MOLMO2_IDS[2]] * 4 + [MOLMO2_IDS[1]] + text(5 + i, 1) for i in (0, 2, 5, 3)]
     batch = make_batch(config, rows, pictures, pool, left=True)
     together = generated(model, batch)
     for i, row in enumerate(rows):
@@ -463,7 +463,7 @@ def test_greedy_generation(kind, tmp_path):
     if kind == 'molmo2':
         inputs |= dict(mm_token_type_ids=torch.isin(batch['tokens'], torch.tensor(MOLMO2_IDS)).long(),
                        pixel_values=patchify(pixel_values(pictures, 'siglip')), image_token_pooling=pool,
-                       image_grids=torch.tensor([[1, 2, 1, 2]] * 3), image_num_crops=torch.tensor([1] * 3))
+                       image_grids=torch.tensor([[1, 2, 1, 2]] * 4), image_num_crops=torch.tensor([1] * 4))
     want = peer.generate(**inputs, do_sample=False, max_new_tokens=64, eos_token_id=None, pad_token_id=0)
     assert torch.equal(together, want[:, batch['tokens'].shape[1]:])
     assert len(together.unique()) > 10     # not one token for ever, which any bug would pass

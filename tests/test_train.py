@@ -76,7 +76,7 @@ def test_resume_is_bit_exact_twice_at_odd_steps_and_with_workers(world, uninterr
     # The learning rate must not depend on where a run was cut, so max_steps stays and a signal or save does the cutting
     for stop in (7, 13):
         partial(world, tmp_path / 'out', stop)
-    run(world, tmp_path / 'out', num_workers=1)
+    run(world, tmp_path / 'out', num_workers=1, eval_interval=4, eval_batches=1, eval_answers=1)
     assert same(weights(uninterrupted), weights(tmp_path / 'out'))
     whole, pieces = metrics(uninterrupted), metrics(tmp_path / 'out')
     assert [whole[i]['loss'] for i in range(1, 21)] == [pieces[i]['loss'] for i in range(1, 21)]
@@ -184,9 +184,14 @@ def test_torchrun_starts_a_killed_run_again(world, tmp_path):
     same_run = dict(max_steps=7, save_interval=2, batch_size=1)
     done = run(world, tmp_path / 'out', script=tmp_path / 'dies.py', launch=torchrun, **same_run)
     assert 'resuming from' in done.stdout and (tmp_path / 'died').exists()
-    run(world, tmp_path / 'whole', launch=torchrun, **same_run)
-    assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'out'))
+    run(world, tmp_path / 'whole', launch=torchrun, eval_interval=3, eval_batches=1, eval_answers=2, **same_run)
+    assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'out'))      # answers on the way change nothing
     assert sorted(metrics(tmp_path / 'out')) == list(range(1, 8))
+    lines = [json.loads(line) for line in (tmp_path / 'whole/metrics.jsonl').read_text().splitlines()]
+    scores = [line for line in lines if 'validation/shapes/pointing/F1' in line]
+    assert [line['step'] for line in scores] == [3, 6, 7] and 'validation/shapes_text/text/accuracy' in scores[0]
+    done = run(world, tmp_path / 'sharded', launch=torchrun, code=1, parallel='fsdp', eval_answers=2, **same_run)
+    assert "parallel = 'ddp'" in done.stderr
 
 
 # -- the objective
