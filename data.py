@@ -761,6 +761,10 @@ def collate(rows, processor, length=0):
     return batch
 
 
+def to_device(batch, device):
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
 def see(seen):
     """{grid: [(patches, pool_index, visual_index) of each example]} -> the batch's patches and frames, and the indices
     of all: pool_index counts the patches of all pictures, then those of all frames."""

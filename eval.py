@@ -42,7 +42,7 @@ if __name__ == '__main__':
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from data import STYLE, TASKS, Dataset, collate, load_checkpoint, parse_points  # noqa: E402
+from data import STYLE, TASKS, Dataset, collate, load_checkpoint, parse_points, to_device  # noqa: E402
 from media import BadRow, data_url, draw_points, enlarge, load_image, load_video, open_media, points_at  # noqa: E402
 from metrics import score  # noqa: E402
 from model import UserError, pick_device  # noqa: E402
@@ -121,8 +121,7 @@ def answer_all(model, processor, records):
             batches.append([])
         batches[-1].append(row)
     for chosen in filter(None, batches):
-        batch = collate([[example] for example, _ in chosen], processor)
-        batch = {k: v.to(where) if torch.is_tensor(v) else v for k, v in batch.items()}
+        batch = to_device(collate([[example] for example, _ in chosen], processor), where)
         tokens = torch.stack(list(model.generate(batch, max_new_tokens)), 1).tolist()
         for item, row in zip((item for _, asked in chosen for item in asked), tokens):
             item['prediction'] = processor.decode([t for t in row if t not in (-1, processor.im_end)])
@@ -161,10 +160,9 @@ def losses(model, processor, dataset, rows):
     where = model.pixel_scale.device
     for i in rows:
         try:
-            batch = collate([[processor.example(dataset[i], dataset.folder)]], processor)
+            batch = to_device(collate([[processor.example(dataset[i], dataset.folder)]], processor), where)
         except BadRow:                       # too long to be learnt from, not to be asked
             continue
-        batch = {k: v.to(where) if torch.is_tensor(v) else v for k, v in batch.items()}
         logits = model.logits(model.hidden(batch, batch['loss_index'])).float()
         each = torch.nn.functional.cross_entropy(logits, batch['targets'].flatten()[batch['loss_index']], reduction='none')
         for task, value in zip(batch['loss_tasks'].tolist(), each.tolist()):

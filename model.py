@@ -726,17 +726,17 @@ class Stepper:
 
     def __init__(self, decoder, cache):
         text, self.cache, self.layers = decoder.config, cache, []
-        self.embedding, self.eps = decoder.embed_tokens.weight, text.rms_norm_eps
+        self.embedding, norm = decoder.embed_tokens.weight, partial(quick_norm, text.rms_norm_eps)
         self.linear = packed_linear(self.embedding, cache.keys.shape[1])
         for block, keys, values in zip(decoder.layers, cache.keys, cache.values):
             a, mlp = block.self_attn, block.mlp
             heads = torch.cat([(a.q_norm.weight * a.head_dim ** -.5).expand(text.num_heads, -1),      # attention's own scale
                                a.k_norm.weight.expand(text.num_kv_heads, -1)])
-            self.layers.append((self.norm(block.input_layernorm.weight), joined(a.q_proj, a.k_proj, a.v_proj),
-                                self.norm(heads), keys.flatten(0, 1), values.flatten(0, 1), a.o_proj.weight,
-                                self.norm(block.post_attention_layernorm.weight), joined(mlp.gate_proj, mlp.up_proj),
+            self.layers.append((norm(block.input_layernorm.weight), joined(a.q_proj, a.k_proj, a.v_proj),
+                                norm(heads), keys.flatten(0, 1), values.flatten(0, 1), a.o_proj.weight,
+                                norm(block.post_attention_layernorm.weight), joined(mlp.gate_proj, mlp.up_proj),
                                 mlp.down_proj.weight))
-        self.last = self.norm(decoder.norm.weight)
+        self.norm = norm(decoder.norm.weight)
 
     def __call__(self, token, cos, sin, bias):
         """[B] -> hidden states [B, width]. cos, sin: `rotary_table` of its place, [B, 1, d]; bias: 0 or -inf for every
@@ -744,29 +744,32 @@ class Stepper:
         x, n, linear = F.embedding(token, self.embedding), self.cache.length, self.linear
         B, _, d = cos.shape
         kv = self.cache.keys.shape[2]
-        for norm, qkv, heads, keys, values, out, mlp_norm, gate_up, down in self.layers:
-            new = linear(normed(x, *norm), qkv).view(B, -1, d)                                       # [B, heads + 2 kv, d]
-            query_key = normed(new[:, :-kv], *heads)
+        for norm, qkv, head_norm, keys, values, out, mlp_norm, gate_up, down in self.layers:
+            new = linear(norm(x), qkv).view(B, -1, d)                                                # [B, heads + 2 kv, d]
+            query_key = head_norm(new[:, :-kv])
             query_key = torch.addcmul(query_key * cos, query_key.roll(d // 2, -1), sin)
             keys[:, n], values[:, n] = query_key[:, -kv:].reshape(-1, d), new[:, -kv:].reshape(-1, d)
             query, seen = query_key[:, :-kv].reshape(B * kv, -1, d), keys[:, :n + 1].transpose(1, 2)
             scores = torch.bmm(query, seen) if bias is None else torch.baddbmm(bias[..., :n + 1], query, seen)
             x = x + linear(torch.bmm(scores.softmax(-1), values[:, :n + 1]).view(B, -1), out)        # [B kv, g, d] before
-            gate, up = linear(normed(x, *mlp_norm), gate_up).chunk(2, -1)
+            gate, up = linear(mlp_norm(x), gate_up).chunk(2, -1)
             x = x + linear(F.silu(gate).mul_(up), down)
         self.cache.length += 1
-        return normed(x, *self.last)
-
-    def norm(self, weight):
-        """weight [.., width] as `normed` takes it."""
-        width = weight.shape[-1]
-        return weight * width ** .5, torch.tensor((width * self.eps) ** .5, device=weight.device)
+        return self.norm(x)
 
 
-def normed(x, scale, root):
-    """RMSNorm in half the operations: x / sqrt(|x|^2 + width eps) x weight sqrt(width)."""
-    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return (x / size.hypot_(root).to(x.dtype)).mul_(scale)
+def quick_norm(eps, weight):
+    """RMSNorm without gradients as a function of x, in as few operations as it takes. weight [width] or [heads, width]."""
+    if weight.is_cuda:
+        return lambda x: F.rms_norm(x, x.shape[-1:], eps=eps).mul_(weight)
+    # x / sqrt(|x|^2 + width eps) x weight sqrt(width): half as many as torch's own on a CPU
+    width = weight.shape[-1]
+    scale, root = weight * width ** .5, torch.tensor((width * eps) ** .5, device=weight.device)
+
+    def norm(x):
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return (x / size.hypot_(root).to(x.dtype)).mul_(scale)
+    return norm
 
 
 def packed_linear(weight, rows):

@@ -36,7 +36,7 @@ seed = 1337                    # of the sampling
 out_dir = '.'                  # where pictures with points go
 device = 'auto'
 dtype = 'float32'              # of the weights: float32 | bfloat16 | float16
-compile = False                # the blocks, by torch's compiler: for many questions
+compile = False                # what reads pictures and questions, by torch's compiler: for many of them
 threads = 0
 
 if __name__ == '__main__':
@@ -45,7 +45,7 @@ if __name__ == '__main__':
 
 import torch  # noqa: E402
 
-from data import collate, load_checkpoint, parse_points  # noqa: E402
+from data import collate, load_checkpoint, parse_points, to_device  # noqa: E402
 from media import BadRow, draw_on_video, draw_points, enlarge, load_image  # noqa: E402
 from model import KVCache, UserError, compile_blocks, pick_device  # noqa: E402
 
@@ -80,7 +80,7 @@ class Chat:
         messages = [*self.messages, {'role': 'user', 'content': text}]
         example = self.processor.prompt(messages, **self.media)
         tokens, weight = example.tokens, self.model.output_weight()
-        batch = collate([[example]], self.processor, length=len(tokens))
+        batch = to_device(collate([[example]], self.processor, length=len(tokens)), weight.device)
         same = next((i for i, (a, b) in enumerate(zip(tokens, self.held)) if a != b), len(self.held))
         same = min(same, len(tokens) - 1)
         if example.visual_index is not None and same <= example.visual_index[-1]:
@@ -92,7 +92,6 @@ class Chat:
                 self.cache.keys[:, :, :, :same], self.cache.values[:, :, :, :same] = (
                     kept[:, :, :, :same] for kept in (old.keys, old.values))
         self.cache.length = same
-        batch = {k: v.to(weight.device) if torch.is_tensor(v) else v for k, v in batch.items()}
         ids, shown, answer = [], 0, ''
         try:
             for token in self.model.generate(batch, max_new_tokens, cache=self.cache, **self.how):

@@ -124,7 +124,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from data import (TASKS, Dataset, Loader, Mixture, Processor, deal_out, is_released, mixture_sets, mixture_table,  # noqa: E402
-                  open_mixture, processor_settings, share_rows)
+                  open_mixture, processor_settings, share_rows, to_device)
 from eval import evaluate as answers, summarise, table  # noqa: E402
 from model import (UserError, VLM, compile_blocks, copy_tensors, from_hf, full_row_patches, layout, load_weights,  # noqa: E402
                    make_config, memory_estimate, newest, part_table, pick_device, pick_dtype, planned_model, read_json,
@@ -371,10 +371,6 @@ def pieces(batches, group):
             cut = [(share_rows(batch, i, cp), state) for i in range(cp)]
         dist.scatter_object_list(mine, cut, rank - rank % cp, group)
         yield mine[0]
-
-
-def to_device(batch, dev):
-    return {k: v.to(dev, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
 def task_sums(nll, tasks):
