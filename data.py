@@ -591,6 +591,7 @@ class Molmo2Processor(Processor):
         columns = theirs.get('image_use_col_tokens', True)
         whole = theirs.get('use_single_crop_col_tokens')
         self.columns = columns if whole is None else whole, columns, theirs.get('video_use_col_tokens', False)
+        settings = {'max_frames': video.get('num_frames', self.max_frames), 'fps': video.get('max_fps', self.fps), **settings}
         ours = ('seq_len', 'max_frames', 'fps', 'task_weights', 'length_weighting', 'branch_weighting')
         super().__init__(folder, size, patch, pooling[0], video_pooling=frame_pooling[0],
                          **{k: v for k, v in settings.items() if k in ours})
@@ -690,9 +691,10 @@ class Molmo2Processor(Processor):
 
 
 def load_checkpoint(path, **settings):
-    """(model, processor, folder) of a checkpoint or of a run's newest one."""
+    """(model, processor, folder) of a checkpoint or of a run's newest one. Examples may be as long as the decoder counts."""
     folder = newest(path)
     model = load_model(folder)
+    settings = {'seq_len': model.config.language.max_position_embeddings, **settings}
     return model, Processor.load(folder, model.config, **settings), folder
 
 

@@ -17,14 +17,17 @@ import json
 import math
 import os
 import sys
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 checkpoint = ''                # step folder, or a run's out_dir; several with commas between
 data = ''                      # dataset folders or JSONL files, with commas between
 split = 'validation'
 num = 0                        # records of each dataset; 0 takes all
-batch_size = 64                # questions answered side by side
+batch_size = 64                # questions answered side by side,
+batch_tokens = 2 ** 17         # and tokens they see together, at most: fewer questions about long videos
 max_new_tokens = 256
 loss = False                   # of the reference answers, too
 fresh = False                  # forget answers of an earlier run
@@ -91,6 +94,9 @@ def summarise(rows):
 # ---------------------------------------------------------------------------------------------------------------------
 # Questions and answers
 
+WAITING = 2 ** 30              # bytes of pixels that may wait for others to be answered with
+
+
 def questions(dataset, record, where):
     """The conversations of a record as items: the messages before the last answer, and what it should be."""
     for n, conversation in enumerate(record['conversations']):
@@ -107,24 +113,50 @@ def questions(dataset, record, where):
                    'objects', 'metric', 'options', 'right', 'windows', 'mask')}}
 
 
-def answer_all(model, processor, records):
-    """Answers, greedily, what is asked about each record, a pair (what it shows, items): the text becomes an item's
-    'prediction'. What a record shows is encoded once for up to `batch_size` questions about it."""
-    rows, where = [], model.pixel_scale.device
-    for media, items in records:
-        for asked in (items[i:i + batch_size] for i in range(0, len(items), batch_size)):
-            rows.append((processor.prompt(*(item['messages'] for item in asked), **media), asked))
-    rows.sort(key=lambda row: len(row[0].tokens))                        # rows of one length need no padding
-    batches = [[]]
-    for row in rows:
-        if sum(len(asked) for _, asked in batches[-1]) + len(row[1]) > batch_size:
-            batches.append([])
+def prompts(processor, dataset, where):
+    """[(Example with a branch for each item, items), ..] of all that is asked about a record."""
+    record = dataset[where]
+    media = processor.media(record, dataset.folder, processor.seq_len - max_new_tokens)
+    items = list(questions(dataset.name, record, where))
+    together = processor.prompt(*(item['messages'] for item in items), **media)
+    n = max(1, min(batch_size, batch_tokens // len(together.tokens)))
+    if n >= len(items):
+        return [(together, items)]
+    parts = [items[i:i + n] for i in range(0, len(items), n)]
+    return [(processor.prompt(*(item['messages'] for item in part), **media), part) for part in parts]
+
+
+def answer_all(model, processor, rows):
+    """Answers the items of `prompts`, greedily: the text becomes an item's 'prediction'."""
+    batches, number = [], 0
+    for row in sorted(rows, key=lambda row: len(row[0].tokens)):         # rows of one length need no padding
+        number += len(row[1])
+        if not batches or number > batch_size or number * len(row[0].tokens) > batch_tokens:
+            batches, number = [*batches, []], len(row[1])
         batches[-1].append(row)
-    for chosen in filter(None, batches):
-        batch = to_device(collate([[example] for example, _ in chosen], processor), where)
+    for chosen in batches:
+        batch = to_device(collate([[example] for example, _ in chosen], processor), model.pixel_scale.device)
         tokens = torch.stack(list(model.generate(batch, max_new_tokens)), 1).tolist()
-        for item, row in zip((item for _, asked in chosen for item in asked), tokens):
+        for item, row in zip((item for _, items in chosen for item in items), tokens):
             item['prediction'] = processor.decode([t for t in row if t not in (-1, processor.im_end)])
+
+
+def ahead(function, values):
+    """function(value) of each value, or the BadRow it raised, in order: a few are being worked on by threads."""
+    def careful(value):
+        try:
+            return function(value)
+        except BadRow as e:
+            return e
+    n = max(1, min(8, os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    with ThreadPoolExecutor(n) as pool:
+        waiting = deque()
+        for value in values:
+            waiting.append(pool.submit(careful, value))
+            if len(waiting) > n:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def open_data(names):
@@ -139,18 +171,21 @@ def open_data(names):
 
 def answered(model, processor, dataset, rows):
     """(items with the model's answers, Counter of why rows could not be used, `losses`) of some rows of a dataset."""
-    records, skipped = {}, Counter()
-    for i in rows:
-        try:
-            record = dataset[i]
-            media = processor.media(record, dataset.folder, processor.seq_len - max_new_tokens)
-            records[i] = media, list(questions(dataset.name, record, i))
-        except BadRow as e:
-            skipped[f'{dataset.name}: {e.reason}'] += 1
-            tqdm.write(f'skipped {dataset.where(i)}: {e}', file=sys.stderr)
-    answer_all(model, processor, records.values())
-    items = [item for _, asked in records.values() for item in asked]
-    return items, skipped, losses(model, processor, dataset, records) if loss else {}
+    items, skipped, used, pending, held = [], Counter(), [], [], 0
+    for i, got in zip(rows, ahead(partial(prompts, processor, dataset), rows)):
+        if isinstance(got, BadRow):
+            skipped[f'{dataset.name}: {got.reason}'] += 1
+            tqdm.write(f'skipped {dataset.where(i)}: {got}', file=sys.stderr)
+            continue
+        items += [item for _, asked in got for item in asked]
+        used.append(i)
+        pending += got
+        held += sum(example.patches.nbytes for example, _ in got if example.patches is not None)
+        if held > WAITING:                   # long videos go a few at a time
+            answer_all(model, processor, pending)
+            pending, held = [], 0
+    answer_all(model, processor, pending)
+    return items, skipped, losses(model, processor, dataset, used) if loss else {}
 
 
 @torch.inference_mode()
@@ -158,11 +193,10 @@ def losses(model, processor, dataset, rows):
     """{task: [sum of the cross entropies of its reference answers' tokens, tokens]} of some rows, one at a time."""
     sums = defaultdict(lambda: [0., 0])
     where = model.pixel_scale.device
-    for i in rows:
-        try:
-            batch = to_device(collate([[processor.example(dataset[i], dataset.folder)]], processor), where)
-        except BadRow:                       # too long to be learnt from, not to be asked
+    for example in ahead(lambda i: processor.example(dataset[i], dataset.folder), rows):
+        if isinstance(example, BadRow):      # too long to be learnt from, not to be asked
             continue
+        batch = to_device(collate([[example]], processor), where)
         logits = model.logits(model.hidden(batch, batch['loss_index'])).float()
         each = torch.nn.functional.cross_entropy(logits, batch['targets'].flatten()[batch['loss_index']], reduction='none')
         for task, value in zip(batch['loss_tasks'].tolist(), each.tolist()):
@@ -280,7 +314,7 @@ def columns(summaries):
 def cache_of(folder, source, datasets):
     """Where answers are kept: another name for whatever would change them."""
     stamp = lambda path: [str(path), path.stat().st_size, path.stat().st_mtime_ns]
-    key = json.dumps([max_new_tokens, batch_size, dtype, loss, *(stamp(d.path) for d in datasets),
+    key = json.dumps([max_new_tokens, batch_size, batch_tokens, dtype, loss, *(stamp(d.path) for d in datasets),
                       *(stamp(p) for p in sorted(source.glob('*.safetensors')))])
     return folder / f'answers-{hashlib.sha256(key.encode()).hexdigest()[:12]}'
 

@@ -167,6 +167,7 @@ def answers(folder, model, batch, expected, tokens=64):
 def test_the_same_answers(folder):
     """Released weights, a picture, three, a video: the same logits and the same 64 tokens."""
     theirs, (model, ours, _) = Molmo2Processor.from_pretrained(folder), data.load_checkpoint(folder)
+    assert (ours.max_frames, ours.fps, ours.seq_len) == (theirs.video_processor.num_frames, theirs.video_processor.max_fps, 40960)
     generator = np.random.default_rng(3)
     model.eval()
     for number in (1, 3, 0):

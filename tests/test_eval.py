@@ -189,8 +189,8 @@ def checkpoint(world, tmp_path_factory):
 
 @pytest.mark.parametrize('right', [True, False])
 def test_a_perfect_and_a_useless_model(world, monkeypatch, right):
-    def answers(model, processor, records):
-        for i in (item for _, items in records for item in items):
+    def answers(model, processor, rows):
+        for i in (item for _, items in rows for item in items):
             points = i['task'] in ('pointing', 'tracking')
             i['prediction'] = '<point 1.0, 0.001, 0.001, 1>' if points else 'green elephants'
             if right:
@@ -263,18 +263,17 @@ def test_batches_change_no_answer(world, checkpoint, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     for p in vlm.parameters():                              # as it was initialised it says one thing for ever
         p.data += .1 * torch.randn(p.shape, generator=generator)
-    records = []
-    for name in ('shapes', 'clips'):
-        dataset = data.Dataset(world / name, 'validation')
-        records += [(processor.media(dataset[i], dataset.folder), list(ev.questions(name, dataset[i], i))) for i in range(2)]
-    items = [item for _, asked in records for item in asked]
     monkeypatch.setattr(ev, 'max_new_tokens', 12)
-    said = []
-    for size in (64, 3, 1):
-        monkeypatch.setattr(ev, 'batch_size', size)
-        ev.answer_all(vlm, processor, records)
-        said.append([item['prediction'] for item in items])
-    assert said[0] == said[1] == said[2] and len(items) > 15 and len(set(said[0])) > 5
+    sets, said, sizes, generate = [data.Dataset(world / n, 'validation') for n in ('shapes', 'clips')], [], [], vlm.generate
+    monkeypatch.setattr(vlm, 'generate', lambda batch, n: sizes[-1].append(batch['tokens'].shape) or generate(batch, n))
+    for most, tokens, waiting in ((64, 2 ** 17, 2 ** 30), (3, 2 ** 17, 2 ** 30), (1, 2 ** 17, 2 ** 30), (64, 2000, 2 ** 30), (64, 2 ** 17, 1)):
+        monkeypatch.setattr(ev, 'batch_size', most)
+        monkeypatch.setattr(ev, 'batch_tokens', tokens)
+        monkeypatch.setattr(ev, 'WAITING', waiting)
+        sizes.append([])
+        said.append([item['prediction'] for d in sets for item in ev.answered(vlm, processor, d, range(2))[0]])
+    assert all(texts == said[0] for texts in said) and len(said[0]) > 15 and len(set(said[0])) > 5
+    assert len(sizes[0]) == 2 < len(sizes[3]) < len(sizes[1]) < len(sizes[2]) == len(said[0]) and len(sizes[4]) == 4
 
 
 def test_mistakes_are_one_line(world, checkpoint, tmp_path):
