@@ -136,7 +136,6 @@ class Dataset:
             except OSError:                  # a read-only folder: a scan each start, and memory
                 self._scan(buffer := io.BytesIO(), stamp)
                 self.offsets = np.frombuffer(buffer.getvalue(), np.int64)
-        self._file = None
 
     def _scan(self, out, stamp):
         """Writes the stamp, where each non-empty line starts, and where the last one ends."""
@@ -166,17 +165,15 @@ class Dataset:
     def __len__(self):
         return min(self.rows, self.cap or self.rows)
 
-    def __getstate__(self):                  # an open file does not travel to a worker
-        return {**self.__dict__, '_file': None}
-
     def __getitem__(self, i):
         start, end = int(self.offsets[i + 2]), int(self.offsets[i + 3])
         if end - start > MAX_LINE:
             raise BadRow('too large', f'{end - start:,} bytes in one line (limit {MAX_LINE:,})')
-        self._file = self._file or open(self.path, 'rb')
-        self._file.seek(start)
+        with open(self.path, 'rb') as f:     # of each call's own: threads and workers read at once
+            f.seek(start)
+            line = f.read(end - start)
         try:
-            record = json.loads(self._file.read(end - start))
+            record = json.loads(line)
         except (ValueError, RecursionError) as e:
             raise BadRow('broken JSON', str(e)) from None
         return normalise(record)
@@ -591,7 +588,7 @@ class Molmo2Processor(Processor):
         columns = theirs.get('image_use_col_tokens', True)
         whole = theirs.get('use_single_crop_col_tokens')
         self.columns = columns if whole is None else whole, columns, theirs.get('video_use_col_tokens', False)
-        settings = {'max_frames': video.get('num_frames', self.max_frames), 'fps': video.get('max_fps', self.fps), **settings}
+        settings = {'max_frames': video.get('num_frames', 128), 'fps': video.get('max_fps', 2.), **settings}
         ours = ('seq_len', 'max_frames', 'fps', 'task_weights', 'length_weighting', 'branch_weighting')
         super().__init__(folder, size, patch, pooling[0], video_pooling=frame_pooling[0],
                          **{k: v for k, v in settings.items() if k in ours})
