@@ -23,6 +23,7 @@ import json
 import math
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -774,18 +775,20 @@ def quick_norm(eps, weight):
 
 def packed_linear(weight, rows):
     """F.linear for products of so many rows with matrices like `weight`, again and again. On a CPU with MKL, matrices in
-    its own layout are multiplied with 4 to 64 rows 1.1 to 2.4 times as fast (docs/benchmarks.md); each is copied into it
-    when it is first met, which takes as long as two to five products, and the copies go with the function."""
+    its own layout are multiplied with 4 to 64 rows 1.1 to 2.4 times as fast (docs/benchmarks.md). To copy one into it takes
+    as long as two to five products: it is done after the fourth, not for a short answer. The copies go with the function."""
     if not (weight.device.type == 'cpu' and weight.dtype == torch.float32 and 4 <= rows <= 64
-            and torch.backends.mkl.is_available()) or torch.is_autocast_enabled('cpu'):
+            and torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, '_mkl_linear')
+            and not torch.is_autocast_enabled('cpu')):
         return F.linear
     copies = {}
 
     def linear(x, weight):
-        key = weight.data_ptr()
-        if key not in copies:
-            copies[key] = torch.ops.mkl._mkl_reorder_linear_weight(weight.detach(), rows)
-        return torch.ops.mkl._mkl_linear(x, copies[key], weight, None, rows)
+        copy = copies.get(key := weight.data_ptr(), 0)                  # until then how often it was met
+        if not torch.is_tensor(copy):
+            copies[key] = copy + 1 if copy < 4 else torch.ops.mkl._mkl_reorder_linear_weight(weight.detach(), rows)
+            return F.linear(x, weight)
+        return torch.ops.mkl._mkl_linear(x, copy, weight, None, rows)
     return linear
 
 
@@ -1069,6 +1072,19 @@ def compile_blocks(model, memory_budget=1., **how):
         setattr(owner, name, torch.compiler.disable(getattr(owner, name)))
     for block in model.blocks():
         block.compile(**how)
+
+
+@contextmanager
+def uncompiled(model):
+    """Blocks run as they are written in here: for batches of lengths that do not come again."""
+    compiled = [(block, block._compiled_call_impl) for block in model.blocks()]
+    for block, _ in compiled:
+        block._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for block, call in compiled:
+            block._compiled_call_impl = call
 
 
 def sample(logits, temperature, top_k, top_p, generator):

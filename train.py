@@ -128,7 +128,7 @@ from data import (TASKS, Dataset, Loader, Mixture, Processor, deal_out, is_relea
 from eval import evaluate as answers, summarise, table  # noqa: E402
 from model import (UserError, VLM, compile_blocks, copy_tensors, from_hf, full_row_patches, layout, load_weights,  # noqa: E402
                    make_config, memory_estimate, newest, part_table, pick_device, pick_dtype, planned_model, read_json,
-                   separate, whole, write_model)
+                   separate, uncompiled, whole, write_model)
 from parallel import (Watchdog, from_rank_0, gather, local_world_size, rank, row_group, shard, start, sum_over_ranks,  # noqa: E402
                       world_size)
 
@@ -406,7 +406,7 @@ def evaluate(model, make_loader, dev, autocast):
 def ask(model, processor, datasets, autocast):
     """[{dataset, task, metric, score, ..}] of the model's answers about the first eval_answers records of each dataset."""
     model.eval()
-    with autocast, torch.compiler.set_stance('force_eager'):             # every prompt has a length of its own
+    with autocast, uncompiled(model):                        # each prompt has a length of its own
         rows, _, _ = answers(model, processor, datasets, eval_answers)
     separate(model)
     model.train()

@@ -473,6 +473,18 @@ def test_greedy_generation(kind, tmp_path):
         assert torch.equal(alone, want[:, len(rows[0]):]) and not torch.equal(alone, together[:1])
 
 
+def test_blocks_uncompiled_for_a_while():
+    config = tiny()
+    model, batch = ours(config), make_batch(config, [text(7)])
+    want = logits(model, batch)
+    for block in model.blocks():               # as `compile` leaves it, but that nobody would miss
+        block._compiled_call_impl = lambda *_, **__: 1 / 0
+    with m.uncompiled(model):
+        assert torch.equal(logits(model, batch), want)
+    with pytest.raises(ZeroDivisionError):
+        logits(model, batch)
+
+
 def test_generation_stops_at_the_end_token():
     config = no_eos(tiny())
     model, batch = ours(config), make_batch(config, [text(7), text(12, 1)], left=True)
