@@ -181,7 +181,7 @@ def build(checkpoint, dev, amp):
     if source := checkpoint or init_from and newest(init_from):
         config = from_hf(read_json(source / 'config.json'), source / 'config.json')
         processor = Processor.load(source, config, **ours)
-        before = vars(processor) if is_released(source) else Processor.saved(source, config)
+        before = {} if is_released(source) else Processor.saved(source, config)      # a released one's sizes are its own
         for name in ('image_size', 'pooling', 'video_size', 'video_pooling', 'point_format', 'point_digits'):
             if name in before and before[name] != getattr(processor, name):
                 print(f'note: {name} is {before[name]!r} in {source} and {getattr(processor, name)!r} now')
