@@ -213,12 +213,15 @@ def answers_kept(cache):
 
 def evaluate(model, processor, datasets, number=0, cache=None):
     """(scored rows of all questions, how many records could not be used by reason, {(dataset, task): [sum of losses,
-    tokens]}). Chunks of 128 records are answered together, enough questions to sort and few enough pictures to hold; ranks
-    take them in turn, each with a file of its own beside `cache`, where a run finds what an earlier one answered."""
+    tokens]}). Chunks of 64 records are answered together; ranks take them in turn, each with a file of its own beside
+    `cache`, where a run finds what an earlier one answered."""
     rank, ranks = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    times = Counter(d.name for d in datasets)
+    for d in datasets:                       # two of one name are told apart by their paths
+        d.name = d.name if times[d.name] == 1 else str(d.path.with_suffix(''))
     known = answers_kept(cache) if cache else {}
-    chunks = [(d, start, min(start + 128, size)) for d in datasets for size in [min(number or len(d), len(d))]
-              for start in range(0, size, 128)]
+    chunks = [(d, start, min(start + 64, size)) for d in datasets for size in [min(number or len(d), len(d))]
+              for start in range(0, size, 64)]
     mine = [(d, a, b) for i, (d, a, b) in enumerate(chunks) if i % ranks == rank and (d.name, a, b) not in known]
     with tqdm(total=sum(b - a for _, a, b in mine), unit='record', disable=None if rank == 0 else True) as bar:
         for dataset, a, b in mine:
@@ -259,11 +262,12 @@ def goodness(row):
 
 
 def table(summary):
-    head = f"{'dataset':<14}{'task':<12}{'metric':<17}{'score':>7}   {'95% interval':<15}{'answers':>8}{'records':>9}"
+    width = max([12, *(len(s['dataset']) for s in summary)]) + 2
+    head = f"{'dataset':<{width}}{'task':<12}{'metric':<17}{'score':>7}   {'95% interval':<15}{'answers':>8}{'records':>9}"
     lines = [head]
     for s in summary:
-        lines.append(f"{s['dataset']:<14}{s['task']:<12}{s['metric']:<17}{s['score']:>7.1%}   "
-                     f"{s['low']:.1%} - {s['high']:.1%}".ljust(68) + f"{s['answers']:>8,}{s['records']:>9,}")
+        lines.append(f"{s['dataset']:<{width}}{s['task']:<12}{s['metric']:<17}{s['score']:>7.1%}   "
+                     f"{s['low']:.1%} - {s['high']:.1%}".ljust(width + 54) + f"{s['answers']:>8,}{s['records']:>9,}")
     return '\n'.join(lines)
 
 
@@ -303,11 +307,12 @@ def report(rows, summary, datasets, title):
 def columns(summaries):
     """{checkpoint: summary} -> one table with a column for each checkpoint."""
     scores = [{(s['dataset'], s['task'], s['metric']): s['score'] for s in summary} for summary in summaries.values()]
-    width = max(map(len, summaries)) + 2
-    lines = [f"{'dataset':<14}{'task':<12}{'metric':<17}" + ''.join(name.rjust(width) for name in summaries)]
-    for key in {key: None for column in scores for key in column}:
-        cells = (f'{column[key]:.1%}' if key in column else '-' for column in scores)
-        lines.append('{:<14}{:<12}{:<17}'.format(*key) + ''.join(cell.rjust(width) for cell in cells))
+    keys = {key: None for column in scores for key in column}
+    first, width = max([12, *(len(dataset) for dataset, _, _ in keys)]) + 2, max(map(len, summaries)) + 2
+    lines = [f"{'dataset':<{first}}{'task':<12}{'metric':<17}" + ''.join(name.rjust(width) for name in summaries)]
+    for dataset, task, metric in keys:
+        cells = (f'{column[dataset, task, metric]:.1%}' if (dataset, task, metric) in column else '-' for column in scores)
+        lines.append(f'{dataset:<{first}}{task:<12}{metric:<17}' + ''.join(cell.rjust(width) for cell in cells))
     return '\n'.join(lines)
 
 

@@ -198,11 +198,13 @@ def test_a_perfect_and_a_useless_model(world, monkeypatch, right):
     monkeypatch.setattr(ev, 'answer_all', answers)
     names = ('shapes', 'clocks', 'shapes_text', 'clips', 'long_clips', 'shapes_many')
     processor = data.Processor(world / 'shapes', 32, 8, 1, 512, max_frames=2)
-    rows, skipped, _ = ev.evaluate(None, processor, [data.Dataset(world / n, 'validation') for n in names])
+    sets = [data.Dataset(world / n, 'validation') for n in names] + [data.Dataset(world / 'clocks', 'train')]
+    rows, skipped, _ = ev.evaluate(None, processor, sets)
     summary = ev.summarise(rows)
+    assert len({row['dataset'] for row in rows}) == len(sets) and len({row['record'] for row in rows}) > 5
     assert not skipped and {(s['dataset'], s['task']) for s in summary} >= {
         (n, t) for n in ('shapes', 'clips', 'shapes_many') for t in ('pointing', 'qa')} | {
-        ('clocks', 'qa'), ('shapes_text', 'text'), ('clips', 'captioning'), ('clips', 'tracking'), ('long_clips', 'tracking')}
+        (str(world / 'clocks/train'), 'qa'), (str(world / 'clocks/validation'), 'qa'), ('shapes_text', 'text'), ('clips', 'captioning'), ('clips', 'tracking'), ('long_clips', 'tracking')}
     assert {s['score'] for s in summary} == {float(right)}
 
 
