@@ -148,7 +148,7 @@ def ahead(function, values):
             return function(value)
         except BadRow as e:
             return e
-    n = max(1, min(8, os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    n = max(1, min(4, os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
     with ThreadPoolExecutor(n) as pool:
         waiting = deque()
         for value in values:
@@ -223,7 +223,7 @@ def evaluate(model, processor, datasets, number=0, cache=None):
     chunks = [(d, start, min(start + 64, size)) for d in datasets for size in [min(number or len(d), len(d))]
               for start in range(0, size, 64)]
     mine = [(d, a, b) for i, (d, a, b) in enumerate(chunks) if i % ranks == rank and (d.name, a, b) not in known]
-    with tqdm(total=sum(b - a for _, a, b in mine), unit='record', disable=None if rank == 0 else True) as bar:
+    with tqdm(total=sum(b - a for _, a, b in mine), unit='record', leave=None, disable=None if rank == 0 else True) as bar:
         for dataset, a, b in mine:
             bar.set_description(dataset.name)
             items, skipped, sums = answered(model, processor, dataset, range(a, b))
