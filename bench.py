@@ -35,7 +35,7 @@ from PIL import Image
 
 import train
 from configurator import configure, train_settings
-from data import Example, Rows, collate, make_processor, next_row, open_mixture, windows
+from data import Example, Rows, collate, make_processor, next_row, open_mixture, to_device, windows
 from media import load_image, load_video
 from model import (VLM, Segments, UserError, attention, compile_blocks, make_config, make_mask, memory_estimate,
                    pick_device, pick_dtype, planned_model, save_model)
@@ -201,10 +201,9 @@ def bench_train(size, against, repeats, seed):
             runs.append(peer_train_step(open_in_transformers(model), batch, pictures, lambda x: pixel_values(model, x)))
         seconds, first = interleave(runs, repeats)
         speed = [f"{batch['tokens'].numel() / s:,.0f}" for s in seconds]
-        row([size, f'step, {PICTURES} x {text} text', *speed, f'{seconds[1] / seconds[0]:.2f}',
-             f'loss differs {abs(first[0] - first[1]):.1e}'] if against else
-            [size, f'step, {PICTURES} x {text} text', *speed, f'{seconds[0] * 1000:,.0f} ms', '',
-             f'{flops_per_step(model, batch) / seconds[0] / 1e9:,.0f} GFLOP/s'])
+        rest = [f'{seconds[1] / seconds[0]:.2f}', f'loss differs {abs(first[0] - first[1]):.1e}'] if against else [
+            f'{seconds[0] * 1000:,.0f} ms', '', f'{flops_per_step(model, batch) / seconds[0] / 1e9:,.0f} GFLOP/s']
+        row([size, f'step, {PICTURES} x {text} text', *speed, *rest])
 
 
 def bench_generate(size, against, repeats, seed):
@@ -377,7 +376,7 @@ def bench_step(settings, repeats, seed):
     processor = SimpleNamespace(pad=0, patch_dim=3 * p * p, grid=(settings['image_size'] // p,) * 2,
                                 frame_grid=(settings['video_size'] // p,) * 2)
     rows = made_up_rows(settings, processor, np.random.default_rng(seed))
-    batch = train.to_device(collate(rows, processor, settings['seq_len']), dev)
+    batch = to_device(collate(rows, processor, settings['seq_len']), dev)
     autocast = torch.autocast(dev.type, amp, enabled=amp != torch.float32)
 
     def step():

@@ -274,7 +274,9 @@ class Example:
         shared = self.branches.count(0)
         self.positions += range(shared, shared + len(ids))
         self.branches += [self.branches[-1] + 1 if self.branches else 1] * len(ids)
-        self.tokens, self.weights, self.tasks = self.tokens + ids, self.weights + weights, self.tasks + [task] * len(ids)
+        self.tokens += ids
+        self.weights += weights
+        self.tasks += [task] * len(ids)
 
 
 def windows(grid, k):
@@ -588,7 +590,8 @@ class Molmo2Processor(Processor):
         columns = theirs.get('image_use_col_tokens', True)
         whole = theirs.get('use_single_crop_col_tokens')
         self.columns = columns if whole is None else whole, columns, theirs.get('video_use_col_tokens', False)
-        settings = {'max_frames': video.get('num_frames', 128), 'fps': video.get('max_fps', 2.), **settings}
+        settings = {'max_frames': video.get('num_frames', self.max_frames), 'fps': video.get('max_fps', self.fps),
+                    **settings}
         ours = ('seq_len', 'max_frames', 'fps', 'task_weights', 'length_weighting', 'branch_weighting')
         super().__init__(folder, size, patch, pooling[0], video_pooling=frame_pooling[0],
                          **{k: v for k, v in settings.items() if k in ours})

@@ -261,13 +261,19 @@ def goodness(row):
     return sum(ratios) / max(1, len(ratios))
 
 
+def labels(keys):
+    """How the lines of a table begin, its heading and one for each (dataset, task, metric)."""
+    keys = [('dataset', 'task', 'metric'), *keys]
+    width = max([12, *(len(dataset) for dataset, _, _ in keys)]) + 2
+    return [f'{dataset:<{width}}{task:<12}{metric:<17}' for dataset, task, metric in keys]
+
+
 def table(summary):
-    width = max([12, *(len(s['dataset']) for s in summary)]) + 2
-    head = f"{'dataset':<{width}}{'task':<12}{'metric':<17}{'score':>7}   {'95% interval':<15}{'answers':>8}{'records':>9}"
-    lines = [head]
-    for s in summary:
-        lines.append(f"{s['dataset']:<{width}}{s['task']:<12}{s['metric']:<17}{s['score']:>7.1%}   "
-                     f"{s['low']:.1%} - {s['high']:.1%}".ljust(width + 54) + f"{s['answers']:>8,}{s['records']:>9,}")
+    head, *names = labels((s['dataset'], s['task'], s['metric']) for s in summary)
+    lines = [f"{head}{'score':>7}   {'95% interval':<15}{'answers':>8}{'records':>9}"]
+    for name, s in zip(names, summary):
+        between = f"{s['low']:.1%} - {s['high']:.1%}"
+        lines.append(f"{name}{s['score']:>7.1%}   {between:<15}{s['answers']:>8,}{s['records']:>9,}")
     return '\n'.join(lines)
 
 
@@ -308,11 +314,11 @@ def columns(summaries):
     """{checkpoint: summary} -> one table with a column for each checkpoint."""
     scores = [{(s['dataset'], s['task'], s['metric']): s['score'] for s in summary} for summary in summaries.values()]
     keys = {key: None for column in scores for key in column}
-    first, width = max([12, *(len(dataset) for dataset, _, _ in keys)]) + 2, max(map(len, summaries)) + 2
-    lines = [f"{'dataset':<{first}}{'task':<12}{'metric':<17}" + ''.join(name.rjust(width) for name in summaries)]
-    for dataset, task, metric in keys:
-        cells = (f'{column[dataset, task, metric]:.1%}' if (dataset, task, metric) in column else '-' for column in scores)
-        lines.append(f'{dataset:<{first}}{task:<12}{metric:<17}' + ''.join(cell.rjust(width) for cell in cells))
+    (head, *names), width = labels(keys), max(map(len, summaries)) + 2
+    lines = [head + ''.join(name.rjust(width) for name in summaries)]
+    for name, key in zip(names, keys):
+        cells = (f'{column[key]:.1%}' if key in column else '-' for column in scores)
+        lines.append(name + ''.join(cell.rjust(width) for cell in cells))
     return '\n'.join(lines)
 
 

@@ -649,11 +649,10 @@ def contexts(document_ids, branch_ids):
     next_document, next_branch = (F.pad(x[:, 1:], (0, 1), value=-1) for x in (document_ids, branch_ids))
     ends = (document_ids != next_document) | (branch_ids > 0) & (branch_ids != next_branch)
     row, column = (ends & (document_ids >= 0)).nonzero(as_tuple=True)                            # [Q]
-    branch = branch_ids[row]                                                                     # [Q, L]
-    sees = document_ids[row] == document_ids[row, column, None]
-    sees &= (branch == 0) | (branch == branch_ids[row, column, None])
+    row, column = row[:, None], column[:, None]
+    sees = mask_rule(document_ids, branch_ids)(row, None, column, torch.arange(L, device=row.device))     # [Q, L]
     order = sees.long().argsort(dim=1, stable=True)[:, -int(sees.sum(1).max()):]
-    return torch.where(sees.gather(1, order), row[:, None] * L + order, -1)
+    return torch.where(sees.gather(1, order), row * L + order, -1)
 
 
 class Attention(nn.Module):
@@ -723,10 +722,14 @@ class Decoder(nn.Module):
 
 class Stepper:
     """The decoder for one more token of every answer in a cache, in as few operations as it takes: so small, they cost
-    what it costs to start them. What stays the same from step to step is looked up and multiplied out once."""
+    what it costs to start them. What stays the same from step to step is looked up and multiplied out once.
 
-    def __init__(self, decoder, cache):
+    bias: 0 or -inf for every place that the cache has room for, [B, 1, S], or None.
+    """
+
+    def __init__(self, decoder, cache, bias):
         text, self.cache, self.layers = decoder.config, cache, []
+        self.bias = bias if bias is None else bias.repeat_interleave(text.num_kv_heads, 0)           # [B kv, 1, S]
         self.embedding, norm = decoder.embed_tokens.weight, partial(quick_norm, text.rms_norm_eps)
         self.linear = packed_linear(self.embedding, cache.keys.shape[1])
         for block, keys, values in zip(decoder.layers, cache.keys, cache.values):
@@ -739,10 +742,9 @@ class Stepper:
                                 mlp.down_proj.weight))
         self.norm = norm(decoder.norm.weight)
 
-    def __call__(self, token, cos, sin, bias):
-        """[B] -> hidden states [B, width]. cos, sin: `rotary_table` of its place, [B, 1, d]; bias: 0 or -inf for every
-        place, [B x kv heads, 1, S], or None."""
-        x, n, linear = F.embedding(token, self.embedding), self.cache.length, self.linear
+    def __call__(self, token, cos, sin):
+        """[B] -> hidden states [B, width]. cos, sin: `rotary_table` of its place, [B, 1, d]."""
+        x, n, linear, bias = F.embedding(token, self.embedding), self.cache.length, self.linear, self.bias
         B, _, d = cos.shape
         kv = self.cache.keys.shape[2]
         for norm, qkv, head_norm, keys, values, out, mlp_norm, gate_up, down in self.layers:
@@ -994,8 +996,8 @@ class VLM(nn.Module):
         table = self.language_model.embed_tokens.weight
         return table[:self.config.language.vocab_size] if self.config.language.extra_vocab_size else table
 
-    def logits(self, hidden):
-        return F.linear(hidden, self.output_weight().to(hidden.dtype))
+    def logits(self, hidden, linear=F.linear):
+        return linear(hidden, self.output_weight().to(hidden.dtype))
 
     def forward(self, batch):
         """The training loss: (sum of loss_weights x loss_scale x cross entropy, cross entropy of each of loss_index)."""
@@ -1034,14 +1036,13 @@ class VLM(nn.Module):
         if padding.any():
             bias = torch.zeros(Q, 1, S + max_new_tokens, dtype=hidden.dtype, device=dev)
             bias[..., :S].masked_fill_(padding[:, None], -torch.inf)
-            bias = bias.repeat_interleave(cache.keys.shape[2], 0)
         places = batch['position_ids'].flatten()[last, None] + torch.arange(1, max_new_tokens + 1, device=dev)
         text = self.config.language
         cos, sin = (t.to(hidden.dtype) for t in rotary_table(places, text.head_dim, text.rope_theta))
         going, done = torch.arange(Q, device=dev), torch.zeros(Q, dtype=torch.bool, device=dev)
-        stepper = Stepper(self.language_model, cache)
+        stepper = Stepper(self.language_model, cache, bias)
         for step in range(max_new_tokens):
-            logits = stepper.linear(hidden, self.output_weight().to(hidden.dtype)).float()               # [Q, V]
+            logits = self.logits(hidden, stepper.linear).float()                                 # [Q, V]
             if said is not None:
                 penalty = torch.where(logits > 0, 1 / repetition_penalty, repetition_penalty)
                 logits = torch.where(said, logits * penalty, logits)
@@ -1056,11 +1057,10 @@ class VLM(nn.Module):
             if 2 * left <= len(done):      # half of the rows are read for nothing: go on without them
                 stay = (~done).nonzero()[:, 0]
                 going, done, token, cos, sin = (x[stay] for x in (going, done, token, cos, sin))
-                said = None if said is None else said[stay]
-                bias = None if bias is None else bias.unflatten(0, (-1, cache.keys.shape[2]))[stay].flatten(0, 1)
+                said, bias = (x if x is None else x[stay] for x in (said, bias))
                 cache.keep(stay)
-                stepper = Stepper(self.language_model, cache)
-            hidden = stepper(token, cos[:, step], sin[:, step], bias)
+                stepper = Stepper(self.language_model, cache, bias)
+            hidden = stepper(token, cos[:, step], sin[:, step])
 
 
 def compile_blocks(model, memory_budget=1., **how):

@@ -12,8 +12,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 import model as m  # noqa: E402
-import train  # noqa: E402
-from data import collate  # noqa: E402
+from data import collate, to_device  # noqa: E402
 from test_parallel import PROCESSOR, batches, build, one_process, tree  # noqa: E402
 
 DEVICE = m.pick_device()
@@ -26,7 +25,7 @@ def moved(model):
 
 
 def step(model, autocast=torch.float32):
-    rows = [train.to_device(b, DEVICE) for b in batches(4)]
+    rows = [to_device(b, DEVICE) for b in batches(4)]
     with torch.autocast(DEVICE.type, autocast, enabled=autocast != torch.float32):
         return one_process(model, rows)
 
@@ -59,7 +58,7 @@ def test_compiled_blocks_give_the_loss_and_are_compiled_once():
     plain, model = moved(build()), moved(build())
     m.compile_blocks(model)
     for i in range(9):
-        row = train.to_device(collate([[tree(5 * i + k, k % 3 + (k == i % 5), frames=k == 3) for k in range(5)]],
+        row = to_device(collate([[tree(5 * i + k, k % 3 + (k == i % 5), frames=k == 3) for k in range(5)]],
                                       PROCESSOR, 200), DEVICE)
         torch._dynamo.config.error_on_recompile = i >= 4
         (loss, gradients), (expected, theirs) = one_process(model, [row]), one_process(plain, [row])
@@ -72,4 +71,4 @@ def test_generation_is_the_cpus():
     alone = build().eval()
     batch = collate([[tree(1, 2)], [tree(2, 1)]], PROCESSOR)
     expected = list(alone.generate(batch, 32))
-    assert [t.tolist() for t in moved(alone).generate(train.to_device(batch, DEVICE), 32)] == [t.tolist() for t in expected]
+    assert [t.tolist() for t in moved(alone).generate(to_device(batch, DEVICE), 32)] == [t.tolist() for t in expected]
