@@ -28,7 +28,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import av
 import numpy as np
 import torch
 from PIL import Image
@@ -36,7 +35,7 @@ from PIL import Image
 import train
 from configurator import configure, train_settings
 from data import Example, Rows, collate, make_processor, next_row, open_mixture, to_device, windows
-from media import load_image, load_video
+from media import load_image, load_video, pyav
 from model import (VLM, Segments, UserError, attention, compile_blocks, make_config, make_mask, memory_estimate,
                    pick_device, pick_dtype, planned_model, save_model)
 
@@ -225,6 +224,7 @@ def bench_generate(size, against, repeats, seed):
 
 def make_clip(path, seconds, rate=30, size=(640, 360)):
     """An H.264 file as cameras and sites make it: B-frames, a keyframe at most every 250 frames, noise and motion."""
+    av = pyav()
     picture = np.random.default_rng(0).integers(0, 256, (size[1] // 8, size[0] // 4, 3), np.uint8)
     picture = np.asarray(Image.fromarray(picture).resize((size[0] * 2, size[1]), Image.Resampling.BICUBIC))
     with av.open(str(path), 'w') as out:
@@ -238,7 +238,7 @@ def make_clip(path, seconds, rate=30, size=(640, 360)):
 
 def decode_all(path):
     """What a sampler that decodes everything does: every frame in RGB."""
-    with av.open(str(path)) as container:
+    with pyav().open(str(path)) as container:
         return sum(1 for frame in container.decode(video=0) if frame.to_ndarray(format='rgb24') is not None)
 
 

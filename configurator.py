@@ -12,6 +12,11 @@ import difflib
 import sys
 from pathlib import Path
 
+
+class UserError(ValueError):
+    """Something the user can put right. The message says what, where and what to do; scripts print it and exit."""
+
+
 TRAIN = Path(__file__).with_name('train.py')
 
 

@@ -991,6 +991,8 @@ class Rows(torch.utils.data.Dataset):
             return draw, example
         except BadRow as e:
             return draw, {'row': dataset.where(row), 'reason': e.reason, 'problem': str(e), 'dataset': dataset.name}
+        except UserError as e:               # returned, because a DataLoader would bury it in its worker's traceback
+            return draw, e
 
 
 def _quiet_worker(_):
@@ -1019,9 +1021,11 @@ class Loader:
     def examples(self):
         """Yields ((draw, dataset, row), Example): those of the pool again, then those of the draws from here on."""
         draws = self.rows.mixture.draws(self.state['draw'], self.stride)
+        # A generator of its own, because a DataLoader draws a seed for its workers when it starts: from torch's general
+        # generator that would move the dropout of a resumed run.
         rows = torch.utils.data.DataLoader(
             self.rows, sampler=itertools.chain(map(tuple, self.state['pool']), draws), batch_size=None,
-            num_workers=self.num_workers, worker_init_fn=_quiet_worker,
+            num_workers=self.num_workers, worker_init_fn=_quiet_worker, generator=torch.Generator(),
             prefetch_factor=4 * self.batch_size if self.num_workers else None,
             multiprocessing_context='fork' if self.num_workers and sys.platform == 'linux' else None)
         again = self.left = self.state['pool']
@@ -1030,6 +1034,8 @@ class Loader:
             if n >= len(again):
                 self.state['draw'] = draw[0] + self.stride
                 self.state['seen'] += 1
+            if isinstance(example, UserError):
+                raise example
             if isinstance(example, dict):
                 self._skip(example)
             else:

@@ -35,7 +35,7 @@ radius = 0.05                  # how near a point must be, in pictures, where th
 out = ''                       # folder of what is written; '' is eval/ in the checkpoint
 page_rows = 100                # answers shown in report.html
 device = 'auto'
-dtype = 'float32'              # of the weights: float32 | bfloat16
+dtype = 'auto'                 # of the weights: auto (bfloat16 on CUDA, else float32) | float32 | bfloat16 | float16
 threads = 0
 
 if __name__ == '__main__':
@@ -48,7 +48,7 @@ from tqdm import tqdm  # noqa: E402
 from data import STYLE, TASKS, Dataset, collate, load_checkpoint, parse_points, to_device  # noqa: E402
 from media import BadRow, data_url, draw_points, enlarge, load_image, load_video, open_media, points_at  # noqa: E402
 from metrics import score  # noqa: E402
-from model import UserError, pick_device  # noqa: E402
+from model import UserError, pick_device, pick_weights_dtype  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,10 +322,10 @@ def columns(summaries):
     return '\n'.join(lines)
 
 
-def cache_of(folder, source, datasets):
+def cache_of(folder, source, datasets, weights_dtype):
     """Where answers are kept: another name for whatever would change them."""
     stamp = lambda path: [str(path), path.stat().st_size, path.stat().st_mtime_ns]
-    key = json.dumps([max_new_tokens, batch_size, batch_tokens, dtype, loss, *(stamp(d.path) for d in datasets),
+    key = json.dumps([max_new_tokens, batch_size, batch_tokens, str(weights_dtype), loss, *(stamp(d.path) for d in datasets),
                       *(stamp(p) for p in sorted(source.glob('*.safetensors')))])
     return folder / f'answers-{hashlib.sha256(key.encode()).hexdigest()[:12]}'
 
@@ -333,10 +333,12 @@ def cache_of(folder, source, datasets):
 def score_checkpoint(path, datasets):
     """Answers, scores, prints and writes. Returns [{dataset, task, metric, score, ...}]."""
     model, processor, source = load_checkpoint(path)
-    model.to(pick_device(device), getattr(torch, dtype)).eval()
+    dev = pick_device(device)
+    weights_dtype = pick_weights_dtype(dtype, dev)
+    model.to(dev, weights_dtype).eval()
     folder, rank = Path(out) if out else source / 'eval', int(os.environ.get('RANK', 0))
     folder.mkdir(parents=True, exist_ok=True)
-    cache = cache_of(folder, source, datasets)
+    cache = cache_of(folder, source, datasets, weights_dtype)
     if fresh and rank == 0:
         for old in folder.glob(f'{cache.name}.*'):
             old.unlink()

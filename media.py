@@ -18,10 +18,10 @@ from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
-import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+
+from configurator import UserError
 
 MAX_PIXELS = 100_000_000                     # a larger picture is a decompression bomb or a mistake
 MAX_SECONDS = 60                             # to read one video in
@@ -146,6 +146,17 @@ def _on_white(image):
 # ---------------------------------------------------------------------------------------------------------------------
 # Videos
 
+def pyav():
+    """PyAV, which reads and writes videos. It is imported when the first video is opened, because a machine without it
+    can still train on pictures and text."""
+    try:
+        import av
+    except ImportError as e:
+        raise UserError(f"videos need PyAV, which cannot be imported here ({e}): pip install av, "
+                        f"or leave data sets with videos out of the mixture") from None
+    return av
+
+
 def frame_times(last, max_frames, fps=2.):
     """Seconds of the frames to take from a clip whose last frame is at `last`: `fps` a second and the last one, or
     `max_frames` evenly spaced when that were more (allenai/molmo2 video_loader.py, uniform_last_frame)."""
@@ -165,9 +176,10 @@ class Video:
     decoded, and in them not the frames that no other frame needs."""
 
     def __init__(self, file, threads=1):
+        self.av = pyav()
         self.file, self.threads, self.deadline = file, threads, time.monotonic() + MAX_SECONDS
         self.origin, self.container, self.seekable = None, None, None
-        self.reformatter = VideoReformatter()          # its tables cost more than a small frame: made once
+        self.reformatter = self.av.video.reformatter.VideoReformatter()          # its tables cost more than a small frame: made once
         self.rewind()
         self.duration = float((self.stream.duration or 0) * self.stream.time_base)
 
@@ -176,10 +188,10 @@ class Video:
         if self.container is None or not self.seekable:
             self.file.seek(0)
             # Not formats that name other files (playlists). Sizes are checked before a decoder allocates.
-            self.container = av.open(self.file, options={'format_whitelist': VIDEO_FORMATS}, metadata_errors='replace')
+            self.container = self.av.open(self.file, options={'format_whitelist': VIDEO_FORMATS}, metadata_errors='replace')
             if self.seekable is None:
                 self.seekable = self.container.format.name.startswith(('mov', 'matroska'))
-            cover = av.stream.Disposition.attached_pic
+            cover = self.av.stream.Disposition.attached_pic
             self.stream = next((s for s in self.container.streams.video if not s.disposition & cover), None)
             if self.stream is None:
                 raise BadRow('unreadable media', 'no video in it')
@@ -233,7 +245,7 @@ class Video:
                 context.skip_frame = 'DEFAULT' if round(self.time(packet) / self.step) in wanted else 'NONREF'
             try:
                 frames = context.decode(packet)
-            except av.error.InvalidDataError:     # a damaged packet; what does not depend on it is fine
+            except self.av.error.InvalidDataError:     # a damaged packet; what does not depend on it is fine
                 continue
             for frame in frames:
                 if (tick := round(self.time(frame) / self.step)) in wanted:
@@ -300,7 +312,7 @@ def load_video(file, max_frames, fps=2., start=0., end=None, size=None, threads=
             if i < len(targets) and i > sought and video.seekable and shown and targets[i] > 2 * following - shown[0]:
                 video.rewind(targets[i])     # over at least one whole group
                 sought = i
-    except BadRow:
+    except (BadRow, UserError):
         raise
     except Exception as e:                   # a damaged file makes a decoder raise whatever comes to hand
         raise BadRow('unreadable media', f'not a video that can be read ({getattr(e, "strerror", 0) or e})') from None
@@ -437,7 +449,7 @@ def points_at(points, when, gap=1.5):
 
 def draw_on_video(file, points, path, start=0., end=None):
     """Writes an MP4 of the clip with the points drawn where they are at each time, at its own frame rate."""
-    source = Video(file)
+    av, source = pyav(), Video(file)
     with av.open(str(path), 'w', format='mp4') as out:
         stream, last = None, -1
         for frame in source.container.decode(source.stream):

@@ -38,16 +38,22 @@ from safetensors.torch import save_file
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-
-class UserError(ValueError):
-    """Something the user can put right. The message says what, where and what to do; scripts print it and exit."""
-
+from configurator import UserError
 
 def pick_device(name='auto'):
-    if name != 'auto':
-        return torch.device(name)
-    return torch.device('cuda' if torch.cuda.is_available() else
-                        'mps' if torch.backends.mps.is_available() else 'cpu')
+    """The device of that name, or the fastest one there is, made ready for use."""
+    if name == 'auto':
+        name = 'cpu'
+        if torch.backends.mps.is_available():
+            name = 'mps'
+        if torch.cuda.is_available():
+            name = 'cuda'
+    device = torch.device(name)
+    if device.type == 'cuda':
+        # torch prefers cuDNN's attention on Hopper, which builds a plan for every new shape (half a second each, and our
+        # numbers of crops and lengths of prompts keep changing). Flash attention is as fast for them and builds nothing.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
 
 
 def pick_dtype(name, device):
@@ -57,13 +63,29 @@ def pick_dtype(name, device):
         return getattr(torch, name)
     if name != 'auto':
         raise UserError(f"dtype = '{name}' is not one of auto, {', '.join(names)}")
-    fast_cpu = device.type == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
-    return torch.bfloat16 if fast_cpu or device.type == 'cuda' and torch.cuda.is_bf16_supported() else torch.float32
+    fast = False
+    if device.type == 'cpu':
+        fast = getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
+    if device.type == 'cuda':
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def pick_weights_dtype(name, device):
+    """The type of weights that are only asked, not trained. 'auto': bfloat16 on CUDA, because attention in float32 has no
+    flash kernel there and would hold every score of a long prompt at once; float32 elsewhere."""
+    if name == 'auto' and device.type != 'cuda':
+        return torch.float32
+    return pick_dtype(name, device)
+
+
+def autocast_device(x):
+    return 'cpu' if x.is_meta else x.device.type           # autocast knows no meta tensors
 
 
 def compute_dtype(x):
     """What products of x run in: autocast's type inside autocast, else x's own."""
-    device = 'cpu' if x.is_meta else x.device.type         # autocast knows no meta tensors
+    device = autocast_device(x)
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
@@ -212,9 +234,11 @@ def make_mask(document_ids, branch_ids, visual=None):
     B, L = document_ids.shape
     sees = mask_rule(document_ids, branch_ids, visual)
     if document_ids.is_cuda:
-        global _flex_attention
-        _flex_attention = _flex_attention or torch.compile(flex_attention)
-        return create_block_mask(sees, B, None, L, L, device=document_ids.device, _compile=True)
+        global _flex_attention, _create_block_mask
+        if _flex_attention is None:
+            _flex_attention = torch.compile(flex_attention)
+            _create_block_mask = torch.compile(create_block_mask)
+        return _create_block_mask(sees, B, None, L, L, device=document_ids.device)
     b, i, j = torch.arange(B)[:, None, None], torch.arange(L)[:, None], torch.arange(L)
     return sees(b, None, i, j)[:, None]                                                          # [B, 1, L, L]
 
@@ -359,7 +383,12 @@ class Ulysses:
         return AllToAll.apply(x, self.group).transpose(0, 1).flatten(1, 2)
 
 
-_flex_attention = None                       # compiled for the first mask on CUDA: torch's compiler takes seconds to load
+# Both are compiled for the first mask on CUDA, because torch's compiler takes seconds to load
+_flex_attention = None
+_create_block_mask = None
+# For fewer than 128 queries torch would take its decoding kernel, which cannot be compiled for 65 to 127 of them where
+# query heads share a key head: its block of 2 x length, rounded to a power of 2, does not divide the mask's 128.
+FLEX_OPTIONS = {'FORCE_USE_FLEX_ATTENTION': True}
 
 
 def attention(query, key, value, mask):
@@ -371,7 +400,8 @@ def attention(query, key, value, mask):
     if isinstance(mask, (Segments, Ulysses)):
         return mask.attend(query, key, value)
     if isinstance(mask, BlockMask):
-        return _flex_attention(query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1])
+        return _flex_attention(query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1],
+                               kernel_options=FLEX_OPTIONS)
     if mask is None and query.device.type == 'cpu' and query.requires_grad:
         return small_attention(query, key, value, mask)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask if torch.is_tensor(mask) else None,
@@ -570,7 +600,11 @@ class Connector(nn.Module):
 # Language: Qwen3 (technical report, arXiv 2505.09388; tensor for tensor as in transformers' qwen3)
 
 class RMSNormCPU(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) x weight and its gradient. torch has no CPU kernel and passes twice as often over x."""
+    """x / sqrt(mean(x^2) + eps) x weight and its gradient. torch has no CPU kernel and passes twice as often over x.
+
+    Not for compiled code: torch 2.11 gives wrong gradients there, without a word, when an autograd function's forward
+    works in place (pytorch/pytorch#180642). The compiler fuses torch's own operations into as few passes.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -596,10 +630,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        if x.device.type == 'cpu' and torch.is_grad_enabled():
+        if x.device.type == 'cpu' and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             x = RMSNormCPU.apply(x, self.weight, self.eps)
         else:
-            x = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+            # Outside autocast, because torch 2.13's casts queries and keys to float32 here and keeps those copies
+            with torch.autocast(autocast_device(x), enabled=False):
+                x = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         return x.to(compute_dtype(x))      # once, rather than by each product that reads it
 
 
@@ -1068,6 +1104,9 @@ def compile_blocks(model, memory_budget=1., **how):
     attention in pieces: both differ from batch to batch, or compile what they call themselves."""
     from torch._functorch import config
     config.activation_memory_budget = memory_budget
+    # A block is compiled once for each kind of call: training or not, dense, causal or block mask, all tokens or those
+    # with a loss, row lengths. Beyond torch's limit of 8 kinds it would run uncompiled from then on, without an error.
+    torch._dynamo.config.recompile_limit = 64
     for owner, name in ((Segments, 'attend'), (Ulysses, 'attend'), (sys.modules[__name__], 'crop_attention')):
         setattr(owner, name, torch.compiler.disable(getattr(owner, name)))
     for block in model.blocks():
@@ -1482,7 +1521,7 @@ def load_model(folder):
 # What it costs
 
 def saved_bytes(module, *inputs):
-    """Bytes that autograd keeps for the backward pass of `module`, its own weights not counted (on the meta device)."""
+    """Bytes that autograd keeps for the backward pass of `module`, its own weights not counted."""
     own, kept = {p.untyped_storage()._cdata for p in module.parameters()}, {}
 
     def pack(t):
@@ -1491,6 +1530,40 @@ def saved_bytes(module, *inputs):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = module(*inputs)                              # `out` keeps the graph, and so the storages, alive
     return sum(size for storage, size in kept.items() if storage not in own) + 0 * out.numel()
+
+
+def kept_by_decoder_block(config, size, residual, compiled):
+    """Bytes a token that autograd keeps of one block on CUDA. Numbers take `size` bytes in the products' type and
+    `residual` in the stream that blocks add to, which has the type of the table of embeddings.
+
+    Eager, each operation keeps what its gradient needs. Compiled, what elementwise operations can make again from the
+    rest is not kept. Leaves out one number a head for each norm and for the softmax (< 1%).
+    """
+    width, inside = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    norms = 2 * residual * width                           # the inputs of both
+    head_norms = size * (queries + keys)                   # queries and keys before them
+    attention = size * (queries + 2 * keys + queries)      # queries, keys, values and the result, which o_proj reads too
+    mlp = 2 * size * inside                                # gate and up
+    kept = norms + head_norms + attention + mlp
+    if not compiled:
+        kept += 2 * size * width                           # what q_proj, k_proj, v_proj and gate_proj, up_proj read
+        kept += 2 * size * inside                          # silu(gate), and silu(gate) x up, which down_proj reads
+    return kept
+
+
+def kept_by_vision_block(config, size, residual, compiled):
+    """As `kept_by_decoder_block`, a patch of a trained tower."""
+    width, inside = config.hidden_size, config.intermediate_size
+    norms = 2 * residual * width
+    attention = 4 * size * width                           # queries, keys, values and the result
+    kept = norms + attention + size * inside               # and what fc1 gave
+    if not compiled:
+        kept += 2 * size * width                           # what the first linears of attention and MLP read
+        kept += size * inside                              # what fc2 reads
+        if config.activation == 'quick_gelu':
+            kept += size * inside                          # its sigmoid
+    return kept
 
 
 def part_table(model):
@@ -1504,47 +1577,57 @@ def part_table(model):
     return lines
 
 
-def memory_estimate(model, rows, seq_len, recompute=0, amp=torch.bfloat16, patches=0, shards=1, cp=1):
-    """Bytes by use on each device for a micro-batch of full rows: {'weights': ..., ..., 'total': ...}. `patches` are
+def memory_estimate(model, rows, seq_len, recompute=0, amp=torch.bfloat16, patches=0, shards=1, cp=1, compiled=False):
+    """Bytes by use on each CUDA device for a micro-batch of full rows: {'weights': ..., ..., 'total': ...}. `patches` are
     those of all the pictures and frames of a row; 0: one picture's. `shards` devices hold the weights together
     (parallel.py), `cp` share their rows.
 
-    float32 weights, gradients and two moments; what autograd keeps, counted on one block of each kind in the autocast
-    type; the autocast copies of the weights, of sharded ones two blocks at a time and all that is in no block; the
-    features of all patches; one chunk of logits. Leaves out the allocator's slack (10 to 20%).
+    Weights, gradients and two moments in the weights' own type; what autograd keeps of each block; the autocast copies of
+    trained weights, of sharded ones two blocks at a time and all that is in no block; the features of all patches; one
+    chunk of logits and the gradient of the output's weights. Leaves out what a single operation needs in passing and the
+    allocator's slack (together 5 to 15%), and what `memory_budget` saves.
     """
     c, size = model.config, torch.finfo(amp).bits // 8
     count = lambda parameters: sum(p.numel() for p in parameters)
     trained, every = count(p for p in model.parameters() if p.requires_grad), count(model.parameters())
+    master = model.language_model.embed_tokens.weight.element_size()          # 4 bytes, or 2 with a narrow master_dtype
     tower_trained = model.vision_tower.embeddings.patch_embedding.weight.requires_grad
     alone = 0 if tower_trained else count(model.vision_tower.parameters())    # frozen, it stays whole on each device
-    out = {'weights': 4 * (alone + (every - alone) / shards), 'gradients': 4 * trained / shards,
-           'moments': 8 * trained / shards}
-    out['weight copies'] = size * every if amp != torch.float32 else 0
+    out = {'weights': master * (alone + (every - alone) / shards), 'gradients': master * trained / shards,
+           'moments': 2 * master * trained / shards}
+    out['weight copies'] = size * trained if amp != torch.float32 else 0
     if shards > 1:
         layers = count(model.language_model.layers.parameters())
         outside = every - alone - layers - (count(model.vision_tower.encoder.parameters()) if tower_trained else 0)
-        out['weight copies'] = size * (alone + 2 * layers / c.language.num_layers) + 4 * outside
+        out['weight copies'] = 2 * size * layers / c.language.num_layers + master * outside
     patches = rows * (patches or (c.vision.image_size // c.vision.patch_size) ** 2)
-    out['features'] = 4 * patches * c.vision.feature_size
-    L, tokens = 64, rows * seq_len / cp
+    out['features'] = master * patches * c.vision.feature_size
+    tokens = rows * seq_len / cp
 
-    def kept(block, inputs, thin, layers):
+    def kept(a_block, width, layers):
         """Bytes a token of all layers. A recomputed block keeps its input, and one at a time is computed again."""
         again = -(-layers // recompute) if recompute else 0
-        return saved_bytes(block, *inputs) / L * (layers - again + bool(again)) + thin * size * again
+        return a_block * (layers - again + bool(again)) + master * width * again
 
-    with torch.device('meta'):
-        block, x = Block(c.language).to(amp), torch.zeros(1, L, c.language.hidden_size, dtype=amp, requires_grad=True)
-        rotary = rotary_table(torch.zeros(1, L, dtype=torch.long), c.language.head_dim, c.language.rope_theta)
-        out['activations'] = tokens * kept(block, (x, rotary, None), c.language.hidden_size, c.language.num_layers)
-        if tower_trained:
-            block = VisionBlock(c.vision).to(amp)
-            x = torch.zeros(L, c.vision.hidden_size, dtype=amp, requires_grad=True)
-            out['activations'] += patches / cp * kept(block, (x, [(1, L)]), c.vision.hidden_size, c.vision.num_layers)
-    out['logits'] = c.language.vocab_size * (min(model.chunk, tokens) * (4 + size) + 4 * c.language.hidden_size)
+    block = kept_by_decoder_block(c.language, size, master, compiled)
+    out['activations'] = tokens * kept(block, c.language.hidden_size, c.language.num_layers)
+    if tower_trained:
+        block = kept_by_vision_block(c.vision, size, master, compiled)
+        out['activations'] += patches / cp * kept(block, c.vision.hidden_size, c.vision.num_layers)
+    out['logits'] = c.language.vocab_size * (min(model.chunk, tokens) * (4 + size) + 2 * 4 * c.language.hidden_size)
     out['total'] = sum(out.values())
     return {use: int(n) for use, n in out.items()}
+
+
+SLACK = 1.1                        # of a memory_estimate: what operations need in passing, and the allocator's gaps
+
+
+def fits(total, memory):
+    """Says whether an estimated total fits a device with `memory` bytes."""
+    need = SLACK * total
+    verdict = 'fits' if need <= memory else ('does not fit: halve batch_size and double accumulation, '
+                                             'or set recompute = 1')
+    return f'{total / 1e9:.1f} GB and a tenth for slack in {memory / 1e9:.0f} GB: {verdict}'
 
 
 def planned_model(settings, checkpoint=None):
@@ -1555,7 +1638,7 @@ def planned_model(settings, checkpoint=None):
         model = VLM(from_hf(read_json(source / 'config.json')) if source and source.is_dir() else make_config(
             **{k: settings[k] for k in ('recipe', 'vision', 'language', 'connector', 'pooling')}))
     model.set_trained(settings)
-    return model
+    return model.to(pick_dtype(settings['master_dtype'], torch.device('cpu')))
 
 
 def full_row_patches(settings):
@@ -1570,16 +1653,19 @@ def main():
     print('\n'.join(part_table(model)))
     print(f"{'all':<12}{sum(p.numel() for p in model.parameters()):>16,}          {layout(model.config) or 'no'} layout "
           f"in transformers")
-    # The documents' three stages: rows a GPU and tokens a row
-    stages = {'stage 1': (32, 4096), 'stage 2': (16, 4096), 'stage 3': (4, 36864)}
+    # The rows a GPU and tokens a row of config/stage1.py, stage2.py and stage3.py
+    stages = {'stage 1': (8, 4096), 'stage 2': (8, 4096), 'stage 3': (1, 36864)}
     if len(sys.argv) > 1:
         stages = {'this config': (given['batch_size'], given['seq_len'])}
     amp = torch.float32 if given['dtype'] == 'float32' else torch.bfloat16
-    for every in (0, 1):
-        print(f"\nGB a device with full rows, {'every block recomputed' if every else 'nothing recomputed'}")
+    for title, recompute, compiled in (('nothing recomputed', 0, False), ('nothing recomputed, compile', 0, True),
+                                       ('every block recomputed', 1, False)):
+        print(f'\nGB a device with full rows, {title}')
         for name, (rows, seq_len) in stages.items():
-            memory = memory_estimate(model, rows, seq_len, every, amp, full_row_patches({**given, 'seq_len': seq_len}))
-            print(f"{name:<12}{rows:>3} x {seq_len:<7,}" + '  '.join(f'{k} {v / 1e9:.1f}' for k, v in memory.items()))
+            patches = full_row_patches({**given, 'seq_len': seq_len})
+            memory = memory_estimate(model, rows, seq_len, recompute, amp, patches, compiled=compiled)
+            print(f'{name:<12}{rows:>3} x {seq_len:<7,}' + '  '.join(f'{k} {v / 1e9:.1f}' for k, v in memory.items()))
+            print(f"{'':<12}on a GPU of 80 GB: {fits(memory['total'], 80e9)}")
 
 
 if __name__ == '__main__':

@@ -35,7 +35,7 @@ repetition_penalty = 1.0       # above 1: what was read or said becomes less lik
 seed = 1337                    # of the sampling
 out_dir = '.'                  # where pictures with points go
 device = 'auto'
-dtype = 'float32'              # of the weights: float32 | bfloat16 | float16
+dtype = 'auto'                 # of the weights: auto (bfloat16 on CUDA, else float32) | float32 | bfloat16 | float16
 compile = False                # what reads pictures and questions, by torch's compiler: for many of them
 threads = 0
 
@@ -47,7 +47,7 @@ import torch  # noqa: E402
 
 from data import collate, load_checkpoint, parse_points, to_device  # noqa: E402
 from media import BadRow, draw_on_video, draw_points, enlarge, load_image  # noqa: E402
-from model import KVCache, UserError, compile_blocks, pick_device  # noqa: E402
+from model import KVCache, UserError, compile_blocks, pick_device, pick_weights_dtype  # noqa: E402
 
 HELP = """/image photo.jpg [b.jpg ..]   show pictures beside those there are
 /video clip.mp4                show a video instead
@@ -207,7 +207,8 @@ def main():
         open_file(name).close()              # before the weights: a wrong name is answered at once
     model, processor, _ = load_checkpoint(checkpoint)
     processor.max_frames = max_frames or processor.max_frames
-    model.to(pick_device(device), getattr(torch, dtype)).eval()
+    dev = pick_device(device)
+    model.to(dev, pick_weights_dtype(dtype, dev)).eval()
     if compile:
         compile_blocks(model)
     talking = Chat(model, processor, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,

@@ -1,7 +1,7 @@
 """Train a VLM: one loop for every stage and every size. Reads top to bottom.
 
     python train.py config/demo_stage1.py                     a laptop, minutes
-    python train.py config/stage1.py --batch_size=8           one GPU; --dry_run shows the plan and stops
+    python train.py config/stage1.py                          one GPU; --dry_run shows the plan and stops
     torchrun --nproc-per-node=8 train.py config/stage1.py     a copy of the model on each of eight
     Ctrl-C or SIGTERM saves and exits; the same command continues, bit for bit.
 
@@ -126,7 +126,7 @@ from tqdm import tqdm  # noqa: E402
 from data import (TASKS, Dataset, Loader, Mixture, Processor, deal_out, is_released, mixture_sets, mixture_table,  # noqa: E402
                   open_mixture, processor_settings, share_rows, to_device)
 from eval import evaluate as answers, summarise, table  # noqa: E402
-from model import (UserError, VLM, compile_blocks, copy_tensors, from_hf, full_row_patches, layout, load_weights,  # noqa: E402
+from model import (UserError, VLM, compile_blocks, copy_tensors, fits, from_hf, full_row_patches, layout, load_weights,  # noqa: E402
                    make_config, memory_estimate, newest, part_table, pick_device, pick_dtype, planned_model, read_json,
                    separate, uncompiled, whole, write_model)
 from parallel import (Watchdog, from_rank_0, gather, local_world_size, rank, row_group, shard, start, sum_over_ranks,  # noqa: E402
@@ -431,13 +431,13 @@ class Saver:
         self.writing, self.step, self.worker = None, None, ThreadPoolExecutor(1)
         self.group = dist.new_group(backend='gloo') if world_size > 1 else None      # its messages cross the training's
 
-    def save(self, step, model, processor, optimizers, place):
-        """place: where this rank is in its data and its random numbers."""
+    def save(self, step, model, processor, optimizers, place, random):
+        """place: where this rank is in its data; random: the states of its generators."""
         import torch.distributed.checkpoint as dcp         # a second to load
         self.wait()
         folder = Path(out_dir) / f'step{step:06d}'
         temporary = folder.with_name(f'.{folder.name}.tmp')
-        state = {'step': step, 'ranks': gather(place)[::cp], 'moved': moved(optimizers),
+        state = {'step': step, 'ranks': gather(place)[::cp], 'random': gather(random), 'moved': moved(optimizers),
                  'settings': {k: repr(v) for k, v in settings.items()}}
         tensors = copy_tensors(model, keep=not rank)
         shards = dcp.async_save(moments(model, optimizers), checkpoint_id=temporary / 'train_state',
@@ -584,7 +584,29 @@ def moved(optimizers):
     return [(type(opt).__name__, opt.param_groups[0]['part'], len(opt.param_groups[0]['params'])) for opt in optimizers]
 
 
-def load_state(folder, model, optimizers, rows):
+def room_for_moment(p, size):
+    """Zeros for what an optimiser keeps of parameter p: a moment of its shape, or the number of its steps. On p's device,
+    because fused AdamW reads both in the kernel that changes p."""
+    if size == p.shape:
+        return torch.zeros_like(p)
+    return torch.zeros(size, device=p.device)
+
+
+def random_state(dev):
+    """The states of the random generators that training draws from: dropout draws on the device."""
+    state = {'cpu': torch.get_rng_state()}
+    if dev.type == 'cuda':
+        state['cuda'] = torch.cuda.get_rng_state(dev)
+    return state
+
+
+def set_random_state(state, dev):
+    torch.set_rng_state(state['cpu'])
+    if dev.type == 'cuda' and 'cuda' in state:
+        torch.cuda.set_rng_state(state['cuda'], dev)
+
+
+def load_state(folder, model, optimizers, rows, dev):
     """Restores moments and random state; returns (step, this rank's loader state, its scaling). Another number of ranks
     than before shares out the rows that are still to come."""
     import torch.distributed.checkpoint as dcp
@@ -596,14 +618,14 @@ def load_state(folder, model, optimizers, rows):
     names = dict(model.named_parameters())
     optimizer_of = {p: opt for opt in optimizers for p in opt.param_groups[0]['params']}
     stored = dcp.FileSystemReader(folder / 'train_state').read_metadata().state_dict_metadata
-    for name, what in stored.items():        # room for what is stored
+    for name, what in stored.items():
         name, _, key = name.rpartition('.')
         p = names[name]
-        optimizer_of[p].state[p][key] = torch.zeros_like(p) if what.size == p.shape else torch.zeros(what.size)
+        optimizer_of[p].state[p][key] = room_for_moment(p, what.size)
     dcp.load(moments(model, optimizers), checkpoint_id=folder / 'train_state', no_dist=world_size == 1)
     places = state['ranks']
-    if len(places) == world_size // cp:
-        torch.set_rng_state(places[rank // cp]['rng'])
+    if len(state.get('random', ())) == world_size:
+        set_random_state(state['random'][rank], dev)
     loader = deal_out([place['loader'] for place in places], world_size // cp, rows)[rank // cp]
     ignored = ('max_steps', 'out_dir', 'dry_run', 'log_interval', 'save_interval', 'eval_interval', 'eval_answers', 'keep')
     for key, value in settings.items():
@@ -637,8 +659,13 @@ def print_plan(model, dev, amp, checkpoint):
           + (f", each with {cp - 1} more that share its rows" if cp > 1 else '') + ", at most "
           f"{rows * seq_len:,} tokens a step, {rows * max_steps:,} rows in all")
     shards = {'ddp': 1, 'hsdp': local_world_size}.get(parallel, world_size)
-    memory = memory_estimate(model, batch_size, seq_len, recompute, amp, full_row_patches(settings), shards, cp)
-    print('memory of full rows, estimated: ' + ', '.join(f'{k} {v / 1e9:.2f} GB' for k, v in memory.items()))
+    patches = full_row_patches(settings)
+    memory = memory_estimate(model, batch_size, seq_len, recompute, amp, patches, shards, cp, compile)
+    print('memory of full rows on CUDA, estimated: ' + ', '.join(f'{k} {v / 1e9:.2f} GB' for k, v in memory.items()))
+    if dev.type == 'cuda':
+        print('on this GPU: ' + fits(memory['total'], torch.cuda.get_device_properties(dev).total_memory))
+    elif dry_run:
+        print('on a GPU of 80 GB: ' + fits(memory['total'], 80e9))
     print(f"device {dev} with {torch.get_num_threads()} threads, {str(amp)[6:]}; rows with branches: "
           + ('FlexAttention block mask' if dev.type == 'cuda' else
              'SDPA with a dense mask' if model.config.recipe == 'molmo2' else 'attention by segments'))
@@ -702,6 +729,7 @@ def main():
     dev = start(pick_device(device), threads)
     if dev.type == 'cpu':
         keep_freed_memory()
+    torch.manual_seed(seed + rank)           # of dropout; weights and data have generators of their own
     amp = pick_dtype(dtype, dev)
     autocast = torch.autocast(dev.type, amp) if amp != torch.float32 else nullcontext()
     checkpoint = from_rank_0(find_checkpoint)
@@ -714,7 +742,7 @@ def main():
     optimizers = make_optimizers(model)
     step, loader_state, scaling = 0, None, [2. ** 12, 0.]
     if checkpoint:
-        step, loader_state, scaling = load_state(checkpoint, model, optimizers, train_mixture)
+        step, loader_state, scaling = load_state(checkpoint, model, optimizers, train_mixture, dev)
     scaling = torch.tensor(scaling, device=dev)
     if compile:
         compile_blocks(model, memory_budget)
@@ -833,8 +861,8 @@ def main():
             clock = time.perf_counter()
         if saving:
             watchdog.at('copying the checkpoint')
-            saver.save(step, model, processor, optimizers, {'loader': loader_state, 'rng': torch.get_rng_state(),
-                                                            'scaling': scaling.tolist()})
+            place = {'loader': loader_state, 'scaling': scaling.tolist()}
+            saver.save(step, model, processor, optimizers, place, random_state(dev))
             clock = time.perf_counter()
     watchdog.at('writing the last checkpoint')
     lost = saver.wait()

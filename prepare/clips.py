@@ -6,7 +6,6 @@ appears or which way it moves is never a matter of taste. A clip's content hash 
 import os
 from fractions import Fraction
 
-import av
 import numpy as np
 from shapes import (COLOURS, KINDS, RADIUS, a_phrase, article, ask, ask_points, background, draw_shapes, held_scene,
                     in_validation, matches, name, outline, save_picture, shade, without_outlines)
@@ -85,6 +84,7 @@ def at(o, t):
 
 def save_clip(clip, path, rng):
     """Writes the MP4; the later shape of two that meet is in front."""
+    import av                                # only here, because a world without clips needs no PyAV
     canvas = background(clip['width'], clip['height'], rng)
     with av.open(path, 'w') as out:
         stream = out.add_stream('h264', rate=RATE, options=ENCODER)

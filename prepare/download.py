@@ -35,7 +35,6 @@ from collections import Counter, defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import av
 import httpx2 as httpx                       # huggingface_hub brings it
 import numpy as np
 import pyarrow
@@ -49,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from convert import CONVERTERS, Skip, fractions, runs  # noqa: E402
 from table import TABLE, entries, sha256  # noqa: E402
 
-from media import BadRow, Part, check_size, load_image, load_video, open_media  # noqa: E402
+from media import BadRow, Part, check_size, load_image, load_video, open_media, pyav  # noqa: E402
 
 BRANCHES = 16                                # conversations of a record at most; an image with more becomes several
 STAGES = {'pretraining': '1', 'sft': '2', 'long': '3', 'eval': 'eval', 'extra': 'extra'}
@@ -539,7 +538,7 @@ def upright_size(data):
 
 def encode(frames, fps):
     """RGB arrays of one size -> the bytes of an MP4."""
-    out = io.BytesIO()
+    av, out = pyav(), io.BytesIO()
     with av.open(out, 'w', format='mp4') as container:
         stream = None
         for frame in frames:
@@ -556,7 +555,7 @@ def encode(frames, fps):
 
 def smaller(data, side):
     """A video at its own rate, its longer side `side` pixels."""
-    with av.open(io.BytesIO(data)) as container:
+    with pyav().open(io.BytesIO(data)) as container:
         stream = container.streams.video[0]
         scale = side / max(stream.width, stream.height)
         size = [max(2, round(n * scale) // 2 * 2) for n in (stream.width, stream.height)]

@@ -399,7 +399,8 @@ def main():
     parser.add_argument('--num', type=int, default=40000, help='training pictures of shapes')
     parser.add_argument('--num_clocks', type=int, default=3000, help='training pictures of clocks')
     parser.add_argument('--num_text', type=int, default=4000, help='training rows without a picture')
-    parser.add_argument('--num_clips', type=int, default=6000, help='training clips (a quarter as many long ones)')
+    parser.add_argument('--num_clips', type=int, default=6000, help='training clips (a quarter as many long ones); 0 of a kind: '
+                        'no folder, and without clips no PyAV')
     parser.add_argument('--num_validation', type=int, default=1000, help='held-out pictures (other sets: a fifth)')
     parser.add_argument('--captioning', type=int, default=1, help='captions a picture: 0 or 1')
     parser.add_argument('--pointing', type=int, default=2, help='pointing questions a picture')
@@ -419,6 +420,7 @@ def main():
             'clips': (short_row, dict(train=args.num_clips, validation=few)),
             'long_clips': (long_row, dict(train=args.num_clips // 4, validation=few // 2)),
             'shapes_many': (many_row, dict(train=args.num_clips, validation=few))}
+    plan = {dataset: (make_row, counts) for dataset, (make_row, counts) in plan.items() if counts['train']}
     folders = {dataset: os.path.join(args.out, dataset) for dataset in plan}
     done = []
     for folder in folders.values():
