@@ -1536,34 +1536,32 @@ def kept_by_decoder_block(config, size, residual, compiled):
     """Bytes a token that autograd keeps of one block on CUDA. Numbers take `size` bytes in the products' type and
     `residual` in the stream that blocks add to, which has the type of the table of embeddings.
 
-    Eager, each operation keeps what its gradient needs. Compiled, what elementwise operations can make again from the
-    rest is not kept. Leaves out one number a head for each norm and for the softmax (< 1%).
+    Eager, each operation keeps what its gradient needs. Compiled, silu(gate) and the second norm's input are made again
+    from what is kept. Leaves out one number a head for each norm and for the softmax (< 1%). tests/test_cuda.py counts.
     """
     width, inside = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    norms = 2 * residual * width                           # the inputs of both
+    norm_inputs = 2 * residual * width
+    norm_results = 2 * size * width                        # read by q_proj, k_proj, v_proj and by gate_proj, up_proj
     head_norms = size * (queries + keys)                   # queries and keys before them
     attention = size * (queries + 2 * keys + queries)      # queries, keys, values and the result, which o_proj reads too
-    mlp = 2 * size * inside                                # gate and up
-    kept = norms + head_norms + attention + mlp
-    if not compiled:
-        kept += 2 * size * width                           # what q_proj, k_proj, v_proj and gate_proj, up_proj read
-        kept += 2 * size * inside                          # silu(gate), and silu(gate) x up, which down_proj reads
-    return kept
+    mlp = 4 * size * inside                                # gate, up, silu(gate), and its product with up for down_proj
+    if compiled:
+        norm_inputs = residual * width + size * width      # the block's input, and what attention adds to it
+        mlp = 3 * size * inside
+    return norm_inputs + norm_results + head_norms + attention + mlp
 
 
-def kept_by_vision_block(config, size, residual, compiled):
-    """As `kept_by_decoder_block`, a patch of a trained tower."""
+def kept_by_vision_block(config, size, residual):
+    """As `kept_by_decoder_block`, a patch of a trained tower. Compiled blocks keep as much, or less."""
     width, inside = config.hidden_size, config.intermediate_size
-    norms = 2 * residual * width
-    attention = 4 * size * width                           # queries, keys, values and the result
-    kept = norms + attention + size * inside               # and what fc1 gave
-    if not compiled:
-        kept += 2 * size * width                           # what the first linears of attention and MLP read
-        kept += size * inside                              # what fc2 reads
-        if config.activation == 'quick_gelu':
-            kept += size * inside                          # its sigmoid
-    return kept
+    norm_inputs = 2 * residual * width
+    norm_results = 2 * size * width
+    attention = 5 * size * width                           # queries, keys, values, the result, and it again in one piece
+    mlp = 2 * size * inside                                # what fc1 gave, and what fc2 reads
+    if config.activation == 'quick_gelu':
+        mlp += size * inside                               # its sigmoid
+    return norm_inputs + norm_results + attention + mlp
 
 
 def part_table(model):
@@ -1612,7 +1610,7 @@ def memory_estimate(model, rows, seq_len, recompute=0, amp=torch.bfloat16, patch
     block = kept_by_decoder_block(c.language, size, master, compiled)
     out['activations'] = tokens * kept(block, c.language.hidden_size, c.language.num_layers)
     if tower_trained:
-        block = kept_by_vision_block(c.vision, size, master, compiled)
+        block = kept_by_vision_block(c.vision, size, master)
         out['activations'] += patches / cp * kept(block, c.vision.hidden_size, c.vision.num_layers)
     out['logits'] = c.language.vocab_size * (min(model.chunk, tokens) * (4 + size) + 2 * 4 * c.language.hidden_size)
     out['total'] = sum(out.values())

@@ -65,10 +65,13 @@ def same(a, b):
 
 # -- resume
 
+DROPOUT = dict(residual_dropout=.1)        # a resumed run must go on with the same random numbers
+
+
 @pytest.fixture(scope='session')
 def uninterrupted(world, tmp_path_factory):
     out = tmp_path_factory.mktemp('whole') / 'out'
-    run(world, out)
+    run(world, out, **DROPOUT)
     return out
 
 
@@ -76,7 +79,7 @@ def test_resume_is_bit_exact_twice_at_odd_steps_and_with_workers(world, uninterr
     # The learning rate must not depend on where a run was cut, so max_steps stays and a signal or save does the cutting
     for stop in (7, 13):
         partial(world, tmp_path / 'out', stop)
-    run(world, tmp_path / 'out', num_workers=1, eval_interval=4, eval_batches=1, eval_answers=1)
+    run(world, tmp_path / 'out', num_workers=1, eval_interval=4, eval_batches=1, eval_answers=1, **DROPOUT)
     assert same(weights(uninterrupted), weights(tmp_path / 'out'))
     whole, pieces = metrics(uninterrupted), metrics(tmp_path / 'out')
     assert [whole[i]['loss'] for i in range(1, 21)] == [pieces[i]['loss'] for i in range(1, 21)]
@@ -97,7 +100,7 @@ def partial(world, out, stop):
             "torch.optim.AdamW.step = counted\n"
             "runpy.run_path(sys.argv[0], run_name='__main__')")
     done = max([0, *(int(p.name[4:]) for p in out.glob('step*'))])
-    argv = command(world, out)
+    argv = command(world, out, **DROPOUT)
     finished = subprocess.run([sys.executable, '-c', code, *argv[1:]], capture_output=True, text=True, cwd=ROOT,
                               env={**os.environ, 'OMP_NUM_THREADS': '1', 'STOP_AFTER': str(stop - done)})
     assert finished.returncode == 0, finished.stdout + finished.stderr    # SIGTERM saves and leaves with 0
@@ -382,8 +385,9 @@ def test_two_processes_take_the_steps_of_one(world, tmp_path):
     assert max((one[k] - two[k]).abs().max() for k in one) < 1e-5
 
 
-def test_two_processes_resume_bit_for_bit(world, tmp_path):
-    settings = dict(packing=True, schedule='constant', batch_size=1, parallel='fsdp', optimizer='muon')
+@pytest.mark.parametrize('cp', [1, 2])
+def test_two_processes_resume_bit_for_bit(world, tmp_path, cp):
+    settings = dict(packing=True, schedule='constant', batch_size=1, parallel='fsdp', optimizer='muon', cp=cp, **DROPOUT)
     run(world, tmp_path / 'whole', max_steps=6, **settings, launch=TWO)
     run(world, tmp_path / 'cut', max_steps=3, **settings, launch=TWO)
     run(world, tmp_path / 'cut', max_steps=6, **settings, launch=TWO)
@@ -403,6 +407,57 @@ def test_a_run_goes_on_with_any_number_of_processes(world, tmp_path):
             assert one[step][key] == pytest.approx(many[step][key], rel=1e-4), (step, key)
     one, many = weights(tmp_path / 'one'), weights(tmp_path / 'many')
     assert max((one[k] - many[k]).abs().max() for k in one) < 1e-4
+
+
+def test_moments_are_made_on_the_device_of_their_parameter():
+    """Fused AdamW reads the number of steps in its kernel: on the CPU it would be an illegal access on CUDA."""
+    p = torch.empty(3, 4, device='meta')
+    for size in (p.shape, torch.Size([])):
+        moment = train.room_for_moment(p, size)
+        assert moment.device == p.device and moment.shape == size
+
+
+def test_random_states_come_back(monkeypatch):
+    """Of the device too, which dropout draws from."""
+    fake = {'state': torch.tensor([1], dtype=torch.uint8)}
+    monkeypatch.setattr(torch.cuda, 'get_rng_state', lambda dev: fake['state'].clone())
+    monkeypatch.setattr(torch.cuda, 'set_rng_state', lambda state, dev: fake.update(state=state))
+    dev = torch.device('cuda', 0)
+    state = train.random_state(dev)
+    expected = torch.rand(3)
+    fake['state'] = torch.tensor([2], dtype=torch.uint8)
+    train.set_random_state(state, dev)
+    assert torch.equal(torch.rand(3), expected) and fake['state'].item() == 1
+
+
+def test_the_seed_is_that_of_dropout_too(world, tmp_path):
+    runs = dict(one=1, again=1, other=2)
+    losses = {}
+    for name, seed in runs.items():
+        run(world, tmp_path / name, max_steps=2, seed=seed, mixture="{'shapes': 1.0}", **DROPOUT)
+        losses[name] = metrics(tmp_path / name)[2]['loss']
+    assert losses['one'] == losses['again'] != losses['other']
+
+
+# -- without PyAV
+
+@pytest.fixture
+def no_pyav(tmp_path, monkeypatch):
+    """An environment where `import av` fails."""
+    folder = tmp_path / 'no_pyav'
+    folder.mkdir()
+    (folder / 'av.py').write_text("raise ImportError(\"No module named 'av'\")\n")
+    monkeypatch.setenv('PYTHONPATH', str(folder))
+
+
+def test_pictures_train_without_pyav_and_a_video_says_what_is_missing(world, tmp_path, no_pyav):
+    few = ['--num', '4', '--num_clocks', '0', '--num_text', '0', '--num_clips', '0', '--num_validation', '2', '--workers', '1']
+    subprocess.run([sys.executable, ROOT / 'prepare/shapes.py', '--out', tmp_path / 'drawn', *few], check=True, capture_output=True)
+    assert sorted(p.name for p in (tmp_path / 'drawn').iterdir()) == ['shapes']
+    run(tmp_path / 'drawn', tmp_path / 'out', max_steps=1, mixture="{'shapes': 1.0}")
+    for workers in (0, 1):
+        done = run(world, tmp_path / f'clips{workers}', max_steps=2, mixture="{'clips': 1.0}", num_workers=workers, code=1)
+        assert done.stderr.strip().splitlines()[-1].startswith('error: videos need PyAV') and 'Traceback' not in done.stderr
 
 
 # -- kindness
