@@ -1,11 +1,13 @@
 # make demo: draw the shapes world, train three stages on it, score each, ask the last one something
 # make test: everything the suite checks, offline once the packages are installed
+# make test-oldest: model, training and parallel tests with torch 2.11, the oldest that works, in an environment of its own
 # make bench: side by side with transformers on this machine
-# make gpu-check: kernels, compiled blocks and the three real stages at full size on this machine's GPU, with the torch of
-#                 its own Python (PYTHON=..), which must have pytest too
+# make gpu-check: right results and figures of this machine's GPU in six minutes (SECONDS=..), with the torch of its own
+#                 Python (PYTHON=..); a line of JSON a finding. Needs neither pytest nor PyAV
 # make browser-check: the page of sample.py --serve in a headless chromium, which the machine must have with its driver
 PYTHON ?= python3
 BIN := .venv/bin
+SECONDS ?= 360
 DEMO_DATA := data/shapes,data/clocks,data/shapes_text,data/shapes_many,data/clips,data/long_clips
 
 demo: .venv/run
@@ -23,11 +25,21 @@ bench: .venv/test
 	$(BIN)/python bench.py --against=transformers
 
 gpu-check:
-	$(PYTHON) -m pytest -s tests/gpu.py
-	for stage in 1 2 3; do $(PYTHON) bench.py --step=config/stage$$stage.py || exit; done
+	$(PYTHON) tests/gpu.py --seconds=$$(($(SECONDS) * 2 / 5)); right=$$?; \
+	$(PYTHON) bench.py --gpu --seconds=$$(($(SECONDS) * 3 / 5)) && exit $$right
 
 browser-check: .venv/test
 	$(BIN)/python -m pytest -p no:xdist tests/browser.py
+
+test-oldest: .venv/oldest/done
+	OMP_NUM_THREADS=1 .venv/oldest/bin/python -m pytest -n 2 --dist worksteal tests/test_cuda.py tests/test_model.py \
+		tests/test_parallel.py tests/test_train.py
+
+.venv/oldest/done: requirements.txt requirements-test.txt
+	$(PYTHON) -m venv .venv/oldest
+	grep -hv '^torch==\|^-r\|^ruff' requirements.txt requirements-test.txt > .venv/oldest/requirements.txt
+	.venv/oldest/bin/pip install -q torch==2.11.0 -r .venv/oldest/requirements.txt
+	touch $@
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -39,4 +51,4 @@ browser-check: .venv/test
 	$(BIN)/pip install -q --no-deps --upgrade --target .venv/torchvision torchvision==0.28.0
 	touch $@
 
-.PHONY: demo test bench gpu-check browser-check
+.PHONY: demo test test-oldest bench gpu-check browser-check

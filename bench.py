@@ -7,6 +7,7 @@
                                                same examples; share of a step that reading takes; --key=value too
     python bench.py --step=config/stage3.py    a training step at full size on this device, random weights and full rows:
                                                tokens a second, MFU, peak memory beside what model.py says; --key=value
+    python bench.py --gpu --seconds=210        what a GPU makes of all this, a line of JSON a finding (extra/gpu_bench.py)
     options: --size=tiny,small  --what=train,generate  --repeats=5  --threads=N  --seed=0
 
 The peer is LlavaForConditionalGeneration with its best plain settings: SDPA attention, fused AdamW, no attention mask
@@ -362,19 +363,37 @@ def made_up_rows(settings, processor, rng):
     return [row() for _ in range(settings['batch_size'])]
 
 
+@torch.no_grad()
+def random_weights(model):
+    """Small numbers drawn on the model's own device: a billion of them on a CPU would take longer than the bench."""
+    for name, p in model.named_parameters():
+        if name.endswith('bias'):
+            p.zero_()
+        elif 'norm' in name:
+            p.fill_(1)
+        else:
+            p.normal_(0, .02)
+
+
+def shapes_of(settings, model):
+    """What `collate` and `made_up_rows` ask of a Processor."""
+    p = model.config.vision.patch_size
+    return SimpleNamespace(pad=0, patch_dim=3 * p * p, grid=(settings['image_size'] // p,) * 2,
+                           frame_grid=(settings['video_size'] // p,) * 2)
+
+
 def bench_step(settings, repeats, seed):
     """A config's training step, by train.py's own functions, and the attention of its rows beside a dense mask."""
     vars(train).update(settings, settings=settings)
     dev, model = pick_device(settings['device']), train.set_trained(planned_model(settings))
-    amp, p = pick_dtype(settings['dtype'], dev), model.config.vision.patch_size
-    model.to(pick_dtype(settings['master_dtype'], dev)).to_empty(device=dev)
+    amp = pick_dtype(settings['dtype'], dev)
+    model.to_empty(device=dev)
     model.set_buffers(dev)
-    model.init_weights(seed)
+    random_weights(model)
     if settings['compile']:
         compile_blocks(model, settings['memory_budget'])
     optimizers = train.make_optimizers(model.train())
-    processor = SimpleNamespace(pad=0, patch_dim=3 * p * p, grid=(settings['image_size'] // p,) * 2,
-                                frame_grid=(settings['video_size'] // p,) * 2)
+    processor = shapes_of(settings, model)
     rows = made_up_rows(settings, processor, np.random.default_rng(seed))
     batch = to_device(collate(rows, processor, settings['seq_len']), dev)
     autocast = torch.autocast(dev.type, amp, enabled=amp != torch.float32)
@@ -390,10 +409,13 @@ def bench_step(settings, repeats, seed):
           f"{batch['n_tokens'] / seconds:,.0f} tokens/s, {speed / 1e12:.2f} TFLOP/s"
           + (f', MFU {speed / peak:.1%}' if peak else '') + f'; loss {loss:.3f}')
     patches = sum(batch[x].shape[0] * batch[x].shape[1] for x in ('patches', 'frames') if x in batch)
-    memory = memory_estimate(model, len(rows), settings['seq_len'], settings['recompute'], amp, patches / len(rows))
+    memory = memory_estimate(model, len(rows), settings['seq_len'], settings['recompute'], amp, patches / len(rows),
+                             compiled=settings['compile'])
     print('memory: ' + (f'peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, ' if dev.type == 'cuda' else '')
           + 'estimated ' + ', '.join(f'{k} {v / 1e9:.2f}' for k, v in memory.items()) + ' GB', flush=True)
 
+    if settings['seq_len'] > 8192:           # the dense mask alone would be gigabytes
+        return
     t, ids = model.config.language, [batch[x][:1] for x in ('document_ids', 'branch_ids')]
     del model, optimizers
     masks = [make_mask(*ids) if dev.type == 'cuda' else Segments(*ids), make_mask(*(x.cpu() for x in ids)).to(dev)]
@@ -416,12 +438,18 @@ def main():
     parser.add_argument('--data', action='store_true', help='reading pictures and videos, nothing else')
     parser.add_argument('--packing', metavar='CONFIG', help='how full rows are, and what that is worth')
     parser.add_argument('--step', metavar='CONFIG', help='a training step at full size')
+    parser.add_argument('--gpu', action='store_true', help='kernels, steps, data and answers on a GPU')
+    parser.add_argument('--seconds', type=float, default=210, help='of --gpu')
+    parser.add_argument('--parts', default='', help='of --gpu: names with commas; default: all')
     parser.add_argument('--size', default='tiny,small')
     parser.add_argument('--what', default='train,generate')
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--threads', type=int, default=0, help="0: torch's own choice")
     parser.add_argument('--seed', type=int, default=0)
     args, settings = parser.parse_known_args()
+    if args.gpu:
+        from extra import gpu_bench, timed_parts       # kernels and steps of a GPU, each part in its own time
+        raise SystemExit(timed_parts.main(gpu_bench.PARTS, args.seconds))
     if settings and not (args.packing or args.step):
         parser.error(f'unknown argument {settings[0]}')
     for value, known in ((args.size, SIZES), (args.what, ('train', 'generate'))):

@@ -179,7 +179,8 @@ class Video:
         self.av = pyav()
         self.file, self.threads, self.deadline = file, threads, time.monotonic() + MAX_SECONDS
         self.origin, self.container, self.seekable = None, None, None
-        self.reformatter = self.av.video.reformatter.VideoReformatter()          # its tables cost more than a small frame: made once
+        # Made once, because its tables cost more than a small frame
+        self.reformatter = self.av.video.reformatter.VideoReformatter()
         self.rewind()
         self.duration = float((self.stream.duration or 0) * self.stream.time_base)
 

@@ -43,8 +43,8 @@ def say(what, **found):
 
 def gpu_is_unusable():
     """After an illegal access every later call fails: only a new process helps."""
-    import torch
-    if not torch.cuda.is_initialized():
+    torch = sys.modules.get('torch')
+    if torch is None or not torch.cuda.is_initialized():
         return False
     try:
         torch.cuda.synchronize()

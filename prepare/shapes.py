@@ -399,8 +399,8 @@ def main():
     parser.add_argument('--num', type=int, default=40000, help='training pictures of shapes')
     parser.add_argument('--num_clocks', type=int, default=3000, help='training pictures of clocks')
     parser.add_argument('--num_text', type=int, default=4000, help='training rows without a picture')
-    parser.add_argument('--num_clips', type=int, default=6000, help='training clips (a quarter as many long ones); 0 of a kind: '
-                        'no folder, and without clips no PyAV')
+    parser.add_argument('--num_clips', type=int, default=6000, help='training clips (a quarter as many long ones); '
+                        '0 of a kind draws none, and without clips PyAV is not needed')
     parser.add_argument('--num_validation', type=int, default=1000, help='held-out pictures (other sets: a fifth)')
     parser.add_argument('--captioning', type=int, default=1, help='captions a picture: 0 or 1')
     parser.add_argument('--pointing', type=int, default=2, help='pointing questions a picture')
