@@ -35,10 +35,13 @@ from PIL import Image
 
 import train
 from configurator import configure, train_settings
-from data import Example, Rows, collate, make_processor, next_row, open_mixture, to_device, windows
+from data import Example, Rows, collate, next_row, open_mixture, to_device, windows
+from extra.hf import make_processor
 from media import load_image, load_video, pyav
-from model import (VLM, Segments, UserError, attention, compile_blocks, make_config, make_mask, memory_estimate,
-                   pick_device, pick_dtype, planned_model, save_model)
+from model import VLM, UserError, attention, compile_blocks, make_config, make_mask, pick_device, pick_dtype
+from extra.kernels import Segments
+from extra.plan import memory_estimate, planned_model
+from extra.hf import save_model
 
 SIZES = {   # a ViT and a decoder from scratch; `tiny` is near the demo's, `small` the largest that a laptop trains
     'tiny': (dict(hidden_size=128, intermediate_size=512, num_layers=5, num_heads=4, image_size=64, patch_size=8),
@@ -131,7 +134,7 @@ def peer_train_step(peer, batch, pictures, pixels, lr=1e-4):
 
 
 def generation(model, batch, n):
-    return lambda: torch.stack(list(model.generate(batch, n)), 1)
+    return lambda: torch.stack(list(generate(model, batch, n)), 1)
 
 
 def peer_generation(peer, batch, pictures, pixels, n):

@@ -19,30 +19,26 @@ A row that cannot be used raises BadRow; the Loader skips it, counts it by reaso
     python data.py config/demo_stage1.py --check=data/mine      every row read as training would: what is wrong or odd
 """
 import hashlib
-import html
 import io
 import itertools
 import json
-import math
 import os
 import re
 import signal
 import sys
 from array import array
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer
 
-from media import (BadRow, data_url, draw_points, enlarge, load_image, load_subtitles, load_video,
-                   open_media, points_at)
-from model import PIXEL_STATS, UserError, from_hf, load_model, make_config, make_mask, newest, read_json
+from media import (BadRow, load_image, load_subtitles, load_video,
+                   open_media)
+from model import UserError
 
 TASKS = ('captioning', 'qa', 'counting', 'pointing', 'tracking', 'text', 'other')
 MAX_LINE = 16 * 2 ** 20                      # bytes of one record
@@ -496,231 +492,9 @@ class Processor:
             e.add(ids, [0.] * len(ids), task)
         return e
 
-    # -- what travels with a checkpoint
-
     def save(self, folder):
-        """Tokenizer and processor files in the layout transformers reads; our own settings in processor_config.json."""
-        folder, size = Path(folder), {'height': self.image_size, 'width': self.image_size}
-        for name, content in self.tokenizer_files.items():
-            (folder / name).write_bytes(content)
-        mean, std = (list(x) for x in _pixel_stats(folder))
-        image = {'image_processor_type': 'CLIPImageProcessor', 'do_resize': True, 'resample': 3, 'do_rescale': True,
-                 'do_center_crop': self.resize == 'crop', 'crop_size': size, 'do_normalize': True,
-                 'do_convert_rgb': True, 'image_mean': mean, 'image_std': std,
-                 'size': {'shortest_edge': self.image_size} if self.resize == 'crop' else size}
-        ours = {k: getattr(self, k) for k in (
-            'image_size', 'patch_size', 'pooling', 'video_size', 'video_pooling', 'max_frames', 'fps', 'resize',
-            'image_token', 'point_format', 'point_digits')}
-        processor = {'processor_class': 'LlavaProcessor', 'image_token': self.image_token,
-                     'patch_size': self.patch_size, 'num_additional_image_tokens': 1,
-                     'vision_feature_select_strategy': 'default', 'nanomolmo2': ours}
-        for name, content in (('preprocessor_config.json', image), ('processor_config.json', processor)):
-            (folder / name).write_text(json.dumps(content, indent=2))
-        (folder / 'chat_template.jinja').write_text(CHAT_TEMPLATE)
-
-    @classmethod
-    def saved(cls, folder, config):
-        """The settings that a checkpoint folder was trained with: ours, or a llava folder of others as its processor
-        files say."""
-        path = Path(folder) / 'processor_config.json'
-        theirs = read_json(path) if path.exists() else {}
-        settings = theirs.get('nanomolmo2')
-        if settings is None:
-            image = Path(folder) / 'preprocessor_config.json'
-            image = read_json(image) if image.exists() else theirs.get('image_processor', {})
-            size = image.get('crop_size' if image.get('do_center_crop', True) else 'size', config.vision.image_size)
-            size = size.get('height', size.get('shortest_edge')) if isinstance(size, dict) else size
-            settings = dict(image_size=size, patch_size=config.vision.patch_size, pooling=config.pooling,
-                            resize='crop' if image.get('do_center_crop', True) else 'stretch',
-                            image_token=theirs.get('image_token', '<|image_pad|>'))
-        return {'video_size': settings['image_size'], 'video_pooling': settings['pooling'],
-                'point_format': cls.point_format, 'point_digits': cls.point_digits, **settings}
-
-    @classmethod
-    def load(cls, folder, config, **overrides):
-        """The processor of a checkpoint folder."""
-        if is_released(folder):
-            return Molmo2Processor(folder, **overrides)
-        return cls(folder, **{**cls.saved(folder, config), **overrides})
-
-
-def is_released(folder):
-    """Is a folder a Molmo2 with processor files that are not ours?"""
-    path = Path(folder) / 'processor_config.json'
-    return path.exists() and read_json(path).get('processor_class') == 'Molmo2Processor'
-
-
-def bilinear(image, height, width):
-    """An RGB picture as uint8 [height, width, 3], each pixel of its four nearest: as torch's interpolate without
-    antialiasing, which Molmo2 was trained with."""
-    def taps(n, size):                       # the two pixels around each place, and how near the second is
-        where = np.maximum((np.arange(size, dtype=np.float32) + .5) * np.float32(n / size) - .5, 0)
-        first = np.minimum(where.astype(np.int64), n - 1)
-        return first, np.minimum(first + 1, n - 1), where - first
-    pixels = np.asarray(image)
-    (top, bottom, down), (left, right, across) = taps(len(pixels), height), taps(pixels.shape[1], width)
-    down, across = down[:, None, None], across[None, :, None]
-    upper, lower = (pixels[y[:, None], left] * (1 - across) + pixels[y[:, None], right] * across for y in (top, bottom))
-    return np.rint(upper * (1 - down) + lower * down).clip(0, 255).astype(np.uint8)
-
-
-class Molmo2Processor(Processor):
-    """The released Molmo2's own: a picture is seen whole and in up to `max_crops` overlapping crops, a frame whole with
-    3 x 3 pooling, all after <|im_end|> as the first token (transformers, models/molmo2; allenai/molmo2, preprocessing).
-    """
-    point_format = 'molmo2'
-    resize = 'whole'               # of videos: as they are, until they are cut
-    image_token = '<im_patch>'
-    FILES = ('tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt',
-             'processor_config.json', 'preprocessor_config.json', 'video_preprocessor_config.json',
-             'chat_template.jinja', 'chat_template.json', 'generation_config.json')
-
-    def __init__(self, folder, **settings):
-        folder = Path(folder)
-        theirs = read_json(folder / 'processor_config.json')
-        image, video = ({**theirs.get(part, {}), **(read_json(folder / file) if (folder / file).exists() else {})}
-                        for part, file in (('image_processor', 'preprocessor_config.json'),
-                                           ('video_processor', 'video_preprocessor_config.json')))
-        size, patch = image.get('size', {}).get('height', 378), image.get('patch_size', 14)
-        self.max_crops, (self.margin, right) = image.get('max_crops', 8), image.get('overlap_margins', [4, 4])
-        pooling, frame_pooling = (part.get('pooling_size', [k] * 2) for part, k in ((image, 2), (video, 3)))
-        if right != self.margin or len(set(pooling)) > 1 or len(set(frame_pooling)) > 1:
-            raise UserError(f'{folder} has margins {[self.margin, right]} and windows {pooling}, {frame_pooling}: only '
-                            'equal ones are known here')
-        columns = theirs.get('image_use_col_tokens', True)
-        whole = theirs.get('use_single_crop_col_tokens')
-        self.columns = columns if whole is None else whole, columns, theirs.get('video_use_col_tokens', False)
-        settings = {'max_frames': video.get('num_frames', self.max_frames), 'fps': video.get('max_fps', self.fps),
-                    **settings}
-        ours = ('seq_len', 'max_frames', 'fps', 'task_weights', 'length_weighting', 'branch_weighting')
-        super().__init__(folder, size, patch, pooling[0], video_pooling=frame_pooling[0],
-                         **{k: v for k, v in settings.items() if k in ours})
-        self.video_pad, self.past = self.image_pad, self.encode('\n ')     # the released template's stray space
-        names = ('<im_start>', '<im_end>', '<im_patch>', '<im_col>', '<low_res_im_start>', '<im_low>', '<frame_start>',
-                 '<frame_end>')
-        self.visual_ids = tuple(map(self.tokenizer.token_to_id, names))
-        if None in self.visual_ids:
-            raise UserError(f"the tokenizer in {folder} lacks {names[self.visual_ids.index(None)]}")
-        self.start, self.stop, _, self.column, self.whole_start, _, *self.frame = self.visual_ids
-        if not theirs.get('use_single_crop_start_token', True):
-            self.whole_start = self.start
-        if not theirs.get('use_frame_special_tokens', True):
-            self.frame = [self.start, self.stop]
-        self.frame_tokens = len(self.encode(' 9999.9 ')) + 2 + self._tokens(len(self.frame_window), self.columns[2])
-        self.tokenizer_files |= {name: (folder / name).read_bytes() for name in self.FILES if (folder / name).is_file()}
-
-    def token_ids(self):
-        return {'image_token_id': self.image_pad, 'video_token_id': self.image_pad, 'eos_token_id': self.im_end,
-                'pad_token_id': self.pad, 'visual_token_ids': self.visual_ids}
-
-    def _tokens(self, number, columns):
-        return number + (round(number ** .5) if columns else 0)
-
-    def tiling(self, height, width):
-        """(rows, columns) of crops for a picture: of those that need no shrinking the one that enlarges least, else the
-        one that shrinks least; the first of the fewest crops."""
-        margin = 2 * self.margin * self.patch_size
-        step = self.image_size - margin
-        n = range(1, self.max_crops + 1)
-        every = sorted(((r, c) for r in n for c in n if r * c <= self.max_crops), key=lambda rc: (rc[0] * rc[1], rc[0]))
-        sides = np.array([height - margin, width - margin], np.float32)
-        with np.errstate(divide='ignore'):
-            scale = (np.array(every, np.float32) * step / sides).min(1)
-        return every[int(scale.argmax() if (scale < 1).all() else np.where(scale < 1, np.float32(1e10), scale).argmin())]
-
-    def crops(self, image):
-        """A picture -> patches [1 + crops, num_patches, patch_dim] of the whole and of its crops, and the grid of those
-        patches, counted through all crops, that make up the picture: where crops overlap, the inner ones."""
-        rows, columns = self.tiling(image.height, image.width)
-        size, p, m, side = self.image_size, self.patch_size, self.margin, self.grid[0]
-        step = size - 2 * m * p
-        canvas = bilinear(image, rows * step + 2 * m * p, columns * step + 2 * m * p)
-        cut = [canvas[r * step:r * step + size, c * step:c * step + size] for r in range(rows) for c in range(columns)]
-        index = np.arange(rows * columns * side * side).reshape(rows, columns, side, side) + side * side
-        # a crop's own patches: without the margin where a neighbour is
-        own = lambda i, n: slice(m if i else 0, side - m if i < n - 1 else side)
-        grid = np.block([[index[r, c, own(r, rows), own(c, columns)] for c in range(columns)] for r in range(rows)])
-        return np.stack([self._patches(x) for x in (bilinear(image, size, size), *cut)]), grid
-
-    def _see(self, e, seen, patches, index, start, stop, columns):
-        """Adds crops and one visual token for each window of `index` [rows, columns, window] to an example."""
-        e.tokens.append(start)
-        for row in index:
-            seen['visual'] += range(len(e.tokens), len(e.tokens) + len(row))
-            e.tokens += [self.image_pad] * len(row) + [self.column] * columns
-        e.tokens.append(stop)
-        offset = sum(map(len, seen['patches'])) * self.grid[0] * self.grid[1]
-        seen['pool'].append(np.pad(np.where(index < 0, -1, index + offset).reshape(-1, index.shape[-1]),
-                                   ((0, 0), (0, seen['width'] - index.shape[-1])), constant_values=-1))
-        if patches is not None:
-            seen['patches'].append(patches)
-
-    def _shared(self, images=(), clip=((), ()), subtitles=()):
-        e, seen = Example(tokens=[self.im_end]), {'patches': [], 'pool': [], 'visual': []}
-        frames = len(clip[0]) > 0
-        seen['width'] = (self.video_pooling if frames else self.pooling) ** 2
-        pooled = lambda grid, k: -(-grid[0] // k)
-        rows = pooled(self.grid, self.pooling), pooled(self.frame_grid, self.video_pooling)
-        for i, (t, image) in enumerate(zip(*clip) if frames else ()):
-            e.tokens += self.encode(f'{" " if i else ""}{t:.1f} ')
-            self._see(e, seen, self._patches(bilinear(image, self.image_size, self.image_size))[None],
-                      self.frame_window.reshape(rows[1], rows[1], -1), *self.frame, self.columns[2])
-        for i, image in enumerate(images):
-            e.tokens += self.encode(f'Image {i + 1}') if len(images) > 1 else []
-            patches, grid = self.crops(image)
-            window = windows(grid.shape, self.pooling)
-            window = np.where(window < 0, -1, grid.flatten()[window]).reshape(pooled(grid.shape, self.pooling), -1,
-                                                                              seen['width'])
-            self._see(e, seen, None, self.window.reshape(rows[0], rows[0], -1), self.whole_start, self.stop, self.columns[0])
-            self._see(e, seen, patches, window, self.start, self.stop, self.columns[1])
-        lines = [f"{c['start']:.1f} - {c['end']:.1f} {c['text']}\n" for c in subtitles]
-        e.tokens += self.encode('subtitle\n' + ''.join(lines)) if lines else []
-        if seen['pool']:
-            e.patches, e.pool_index = np.concatenate(seen['patches']), np.concatenate(seen['pool'])
-            e.visual_index, e.grid, e.times = np.array(seen['visual'], np.int64), self.grid, tuple(clip[0])
-        return self._only_seen(e)
-
-    def _dialogue(self, conversation, times=None, past=None):
-        if conversation['messages'][0]['role'] == 'system':
-            raise BadRow('system message', 'a released Molmo2 knows no system message')
-        return super()._dialogue(conversation, times, past)
-
-    def save(self, folder):
-        for name, content in self.tokenizer_files.items():
-            (Path(folder) / name).write_bytes(content)
-
-
-def load_checkpoint(path, **settings):
-    """(model, processor, folder) of a checkpoint or of a run's newest one. Examples may be as long as the decoder counts."""
-    folder = newest(path)
-    model = load_model(folder)
-    settings = {'seq_len': model.config.language.max_position_embeddings, **settings}
-    return model, Processor.load(folder, model.config, **settings), folder
-
-
-def _pixel_stats(folder):
-    return PIXEL_STATS[from_hf(read_json(Path(folder) / 'config.json')).vision.style]
-
-
-# Media first, then ChatML, as `Processor` lays them out: the template for transformers' apply_chat_template
-CHAT_TEMPLATE = """\
-{%- set images = namespace(n=0, seen=0) -%}
-{%- for m in messages -%}{%- if m.content is not string -%}{%- for c in m.content -%}
-{%- if c.type == 'image' or c.type == 'video' -%}{%- set images.n = images.n + 1 -%}{%- endif -%}
-{%- endfor -%}{%- endif -%}{%- endfor -%}
-{%- for m in messages -%}{%- if m.content is not string -%}{%- for c in m.content -%}
-{%- if c.type == 'image' or c.type == 'video' -%}{%- set images.seen = images.seen + 1 -%}
-{%- if images.n > 1 -%}{{ 'Image ' ~ images.seen }}{%- endif -%}
-{{ '<|vision_start|><|' ~ c.type ~ '_pad|><|vision_end|>' }}{%- endif -%}
-{%- endfor -%}{%- endif -%}{%- endfor -%}
-{%- for m in messages -%}
-{%- if not loop.first -%}{{ '\\n' }}{%- endif -%}{{ '<|im_start|>' + m.role + '\\n' }}
-{%- if m.content is string -%}{{ m.content }}{%- else -%}
-{%- for c in m.content -%}{%- if c.type == 'text' -%}{{ c.text }}{%- endif -%}{%- endfor -%}{%- endif -%}
-{{ '<|im_end|>' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '\\n<|im_start|>assistant\\n' }}{%- endif -%}
-"""
+        from extra.hf import save_processor                # tokenizer and processor files as transformers reads them
+        save_processor(self, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -783,46 +557,6 @@ def see(seen):
         pool = [np.pad(index, ((0, 0), (0, width - index.shape[1])), constant_values=-1) for index in pool]
         batch.update(pool_index=np.concatenate(pool), visual_index=np.concatenate(visual))
     return batch
-
-
-def share_rows(batch, index, n):
-    """Piece `index` of the `n` that a batch is cut into for as many ranks: a stretch of every row's tokens with their
-    losses, the visual tokens among them, and a share of the crops. Rows are padded until n divides them, and so are the
-    crops, whose features all ranks gather, those of rank 0 first (model.py, VLM.see). What masks are made of stays
-    whole: document_ids, branch_ids and, as `row_tokens`, the tokens.
-    """
-    L, cut = batch['tokens'].shape[1], dict(batch)
-    size = -(-L // n)
-    mine = slice(index * size, (index + 1) * size)
-    for key in ('tokens', 'targets', 'loss_weights', 'position_ids', 'document_ids', 'branch_ids'):
-        cut[key] = F.pad(batch[key], (0, n * size - L), value=-1 if key == 'document_ids' else 0)    # [B, n size]
-    cut['row_tokens'], real = cut['tokens'], cut['document_ids'][:, mine] >= 0
-    for key in ('tokens', 'targets', 'loss_weights', 'position_ids'):
-        cut[key] = cut[key][:, mine].contiguous()                                                # [B, size]
-
-    def place(flat):
-        """Flat places in [B, L] -> which of them are in this piece, and where in [B, size]."""
-        row, column = flat // L, flat % L - mine.start
-        inside = (column >= 0) & (column < size)
-        return inside, (row * size + column)[inside]
-    inside, cut['loss_index'] = place(batch['loss_index'])
-    cut['loss_tasks'] = batch['loss_tasks'][inside]
-    if 'pool_index' in batch:
-        kinds = [(name, *batch[name].shape[:2], -(-len(batch[name]) // n)) for name in ('patches', 'frames')
-                 if name in batch]           # a name, its crops, the patches of one, the crops of a share
-        share, before, gathered = sum(p * crops for _, _, p, crops in kinds), 0, []
-        for name, number, patches, crops in kinds:
-            ours = batch[name][index * crops:(index + 1) * crops]
-            cut[name] = F.pad(ours, (0, 0, 0, 0, 0, crops - len(ours)))
-            i = torch.arange(number * patches)
-            gathered.append(i // (crops * patches) * share + before + i % (crops * patches))
-            before += crops * patches
-        inside, cut['visual_index'] = place(batch['visual_index'])
-        pool = batch['pool_index'][inside]
-        cut['pool_index'] = torch.where(pool < 0, -1, torch.cat(gathered)[pool.clamp(min=0)])
-    cut.update(n_tokens=int(real.sum()), total_weight=float(cut['loss_weights'].sum()),
-               n_pairs=int((cut['position_ids'] + 1)[real].sum()))
-    return cut
 
 
 POOL = 48                          # examples to choose a row from; more gains nothing (Molmo2, appendix B)
@@ -912,30 +646,6 @@ def open_mixture(mixture, data_dir, seed=0):
                 for name, o in sets.items()}
     rates = mixture_rates(mixture, {name: dataset.rows for name, dataset in datasets.items()})
     return Mixture(list(datasets.values()), [rates[name] for name in datasets], seed)
-
-
-def mixture_table(mixture, data_dir, draws):
-    """A line per dataset: rows, square root, share of the draws, draws of the whole run, epochs. A dataset that is not
-    there yet counts with the `size` that the config gives it."""
-    sets, sizes, missing = mixture_sets(mixture), {}, set()
-    for name, options in sets.items():
-        try:
-            sizes[name] = Dataset(Path(data_dir) / name).rows
-        except UserError:
-            missing.add(name)
-            sizes[name] = options.get('size', 0)
-    rates = mixture_rates(mixture, {name: max(1, size) for name, size in sizes.items()})
-    lines = [f"{'dataset':<34}{'rows':>11}{'sqrt':>8}{'weight':>9}{'draws':>13}{'epochs':>9}"]
-    for key, group in mixture.items():
-        names = list(group['sets']) if isinstance(group, dict) else [key]
-        if len(names) > 1:
-            lines.append(f"{key:<53}{sum(rates[n] for n in names):>9.2%}")
-        for name in names:
-            used = min(sizes[name], sets[name].get('cap') or sizes[name])
-            lines.append(f"{'  ' * (len(names) > 1) + name + ' *' * (name in missing):<34}{used:>11,}{used ** .5:>8.0f}"
-                         f"{rates[name]:>9.2%}{draws * rates[name]:>13,.0f}"
-                         + (f'{draws * rates[name] / used:>9.2f}' if used else f"{'?':>9}"))
-    return lines + ['* not prepared yet; rows as the config expects'] * bool(missing)
 
 
 class Mixture:
@@ -1068,85 +778,6 @@ class Loader:
                             f"{problem['problem']}")
 
 
-def deal_out(states, n, mixture):
-    """The states of some loaders that read a mixture together -> those of `n` that go on together: what waited in the
-    pools and what the slower ones had still to draw is dealt out, the new draws begin after the fastest."""
-    if len(states) == n:
-        return states
-    following = {s['draw'] % len(states): s['draw'] for s in states}
-    first, end = min(following.values()), max(following.values())
-    drawn = itertools.takewhile(lambda draw: draw[0] < end, mixture.draws(first))
-    left = sorted(row for s in states for row in s['pool'])
-    left += [list(draw) for draw in drawn if draw[0] >= following[draw[0] % len(states)]]
-    dealt = [{'draw': end + i, 'pool': left[i::n], 'seen': 0, 'skipped': {}} for i in range(n)]
-    dealt[0].update(seen=sum(s['seen'] for s in states),
-                    skipped=dict(sum((Counter(s['skipped']) for s in states), Counter())))
-    return dealt
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The inspector: what the model gets, for a person to look at
-
-STYLE = """<style>body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
-.t{border-radius:3px;padding:1px 0;border-right:1px solid #0002} .v{background:#cfe3ff} .s{color:#888}
-img{max-width:24em;image-rendering:auto;border:1px solid #ccc;vertical-align:top} h2{font-size:1em;margin-top:2em}
-pre,.tokens{white-space:pre-wrap;font-family:ui-monospace,monospace;font-size:13px;margin:.4em 0}
-table{border-collapse:collapse} td,th{padding:2px 10px;text-align:right} td:first-child,th:first-child{text-align:left}
-</style>"""
-
-
-def as_model_sees(patches, grid, points=(), scale=1):
-    """Patches of one crop [num_patches, patch_dim] put back together, with points drawn: shape and order show."""
-    (rows, columns), p = grid, math.isqrt(patches.shape[1] // 3)
-    pixels = patches.reshape(rows, columns, p, p, 3).transpose(0, 2, 1, 3, 4).reshape(rows * p, columns * p, 3)
-    size = columns * p * scale, rows * p * scale
-    return draw_points(Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST), points)
-
-
-def tokens_html(example, processor):
-    """Every token as a coloured box: green by loss weight, blue and counted for visual tokens, a line per branch."""
-    top = max(example.weights) or 1
-    lines, visual, branch = [''], 0, 0
-    for token, weight, b in zip([*example.tokens, None], [*example.weights, 0], [*example.branches, 0]):
-        if token in (processor.image_pad, processor.video_pad):
-            visual += 1
-            continue
-        if visual:
-            lines[-1] += f'<span class="t v">&#9635; &times; {visual}</span>'
-            visual = 0
-        if token is None:
-            break
-        if b != branch:
-            lines.append('')
-            branch = b
-        text = processor.tokenizer.decode([token], skip_special_tokens=False)
-        shade = f'background:rgba(40,170,70,{.15 + .6 * weight / top:.2f})' if weight else ''
-        special = ' s' if token in (processor.im_start, processor.im_end) else ''
-        lines[-1] += (f'<span class="t{special}" style="{shade}" title="id {token}, loss weight {weight:.3g}">'
-                      f'{html.escape(text)}</span>')
-    return ''.join(f'<div class="tokens">{line}</div>' for line in lines)
-
-
-def mask_picture(examples, length, visual_ids, side=512):
-    """A packed row and what its tokens see: above, a colour a document, pale where it is seen or asked, strong where
-    it answers; below, coloured where the token of that row of pixels sees the one of that column. Every n-th token."""
-    tokens, weights, documents, branches = (np.full(length, fill) for fill in (-1, 0., -1, 0))
-    start = 0
-    for i, e in enumerate(examples):
-        here = slice(start, start := start + len(e.tokens))
-        tokens[here], weights[here], documents[here], branches[here] = e.tokens, e.weights, i, e.branches
-    at = np.arange(0, length, -(-length // side))
-    ids = [torch.from_numpy(x[at][None]) for x in (documents, branches)]
-    visual = torch.from_numpy(np.isin(tokens[at], visual_ids)[None]) if visual_ids else None
-    sees = make_mask(*ids, visual)[0, 0].numpy() & (documents[at] >= 0)
-    colours = np.array([(230, 80, 60), (60, 130, 220), (60, 170, 90), (200, 140, 30), (150, 80, 190)])
-    colour = np.where(documents[at, None] < 0, 0, colours[documents[at] % len(colours)])
-    strip = np.where(weights[at, None] > 0, colour, 255 - (255 - colour) // 3)
-    below = np.where(sees[..., None], 255 - (255 - colour[None]) // 2, 20)
-    pixels = np.concatenate([np.tile(strip, (12, 1, 1)), below])
-    return enlarge(Image.fromarray(pixels.astype(np.uint8)), side)
-
-
 def processor_settings(settings):
     """What a config says about the Processor."""
     names = ('image_size', 'pooling', 'video_size', 'video_pooling', 'max_frames', 'fps', 'seq_len', 'point_format',
@@ -1154,162 +785,9 @@ def processor_settings(settings):
     return {k: settings[k] for k in names}
 
 
-def make_processor(settings):
-    """(Processor, model Config) of a config, whose checkpoint need not be trained yet."""
-    source = settings['init_from'] and newest(settings['init_from'])
-    config = (from_hf(read_json(source / 'config.json')) if source else
-              make_config(settings['vision'], settings['language'], recipe=settings['recipe']))
-    folder = settings['tokenizer'] or source or settings['language_weights']
-    if not folder:
-        raise UserError("give a config, or --tokenizer=folder with tokenizer.json")
-    if source and is_released(source):
-        return Molmo2Processor(source, **processor_settings(settings)), config
-    return Processor(folder, patch_size=config.vision.patch_size, **processor_settings(settings)), config
-
-
-def inspect(settings, number=12):
-    """Prints a config's mixture and a few examples of it; writes <out_dir>/inspect.html."""
-    from tqdm import tqdm
-    table = lambda examples: mixture_table(settings['mixture'], settings['data_dir'], examples)
-    rows = settings['max_steps'] * settings['batch_size'] * settings['accumulation']
-    if not settings['mixture']:
-        raise UserError("mixture is empty; give a config: python data.py config/demo_stage1.py")
-    if (lines := table(rows))[-1].startswith('*'):
-        print('\n'.join(lines))
-        return print(f'the draws are those of {rows:,} examples; nothing to look at before the data is there')
-    processor, config = make_processor(settings)
-    mixture = open_mixture(settings['mixture'], settings['data_dir'], settings['seed'])
-    loss, weights, skipped, examples, page = Counter(), Counter(), Counter(), [], []
-    reader = Rows(mixture, processor)
-    for draw in tqdm(itertools.islice(mixture.draws(), 200), total=200, unit='row', disable=None):
-        dataset = mixture.datasets[draw[1]]
-        _, example = reader[draw]
-        if isinstance(example, dict):
-            skipped[f"{dataset.name}: {example['reason']}"] += 1
-            tqdm.write(f"skipped {example['row']}: {example['problem']}")
-            continue
-        examples.append(example)
-        for task, weight in zip(example.tasks, example.weights):
-            if weight:
-                loss[TASKS[task]] += 1
-                weights[TASKS[task]] += weight
-        if len(examples) <= number:
-            page.append(example_html(example, dataset, draw, processor))
-        if len(examples) <= 3:
-            told = [t for t in example.tokens if t not in (processor.image_pad, processor.video_pad)]
-            print(f'\ndraw {draw[0]}: {dataset.where(draw[2])}, {len(example.tokens)} tokens\n'
-                  + processor.tokenizer.decode(told, skip_special_tokens=False))
-    lengths = [len(e.tokens) for e in examples] or [0]
-    if settings['packing'] and examples:
-        rows = int(rows * processor.seq_len / np.mean(lengths))
-    lines = table(rows) + ['', f"{'task':<16}{'loss tokens':>12}{'share of loss weight':>22}"]
-    lines += [f'{t:<16}{n:>12,}{weights[t] / sum(weights.values()):>22.1%}' for t, n in loss.most_common()]
-    lines += ['', f'tokens an example: mean {np.mean(lengths):.0f}, median {np.median(lengths):.0f}, '
-                  f'most {max(lengths)} of seq_len {processor.seq_len}']
-    lines += [f'skipped {reason}: {n}' for reason, n in skipped.items()]
-    print('\n' + '\n'.join(lines))
-    head = [f"<!doctype html><meta charset='utf-8'><title>{html.escape(settings['out_dir'])}</title>{STYLE}",
-            '<pre>' + html.escape('\n'.join(lines)) + '</pre>',
-            '<p>Blue: visual tokens. Green: tokens with a loss, darker with its weight. One line a conversation: each '
-            'sees the first line and itself. Hover for ids and weights.</p>']
-    if settings['packing'] and examples:
-        row = [examples[i] for i in best_fit(lengths[:POOL], processor.seq_len)]
-        picture = mask_picture(row, processor.seq_len, config.visual_token_ids)
-        head.append(f'<p>{len(row)} examples packed into a row, {sum(len(e.tokens) for e in row)} of '
-                    f'{processor.seq_len} tokens, and which token (down) sees which (across): a colour a document, '
-                    f'strong where it answers.</p><img style="max-width:none" src="{data_url(picture)}">')
-    out = Path(settings['out_dir'])
-    out.mkdir(parents=True, exist_ok=True)
-    (out / 'inspect.html').write_text('\n'.join(head + page), encoding='utf-8')
-    print(f'\nwrote {out}/inspect.html')
-
-
-def example_html(example, dataset, draw, processor):
-    """What the model gets of one row: its pictures or frames with the points on them, and its tokens."""
-    record = dataset[draw[2]]
-    page = [f'<h2>draw {draw[0]}: {html.escape(dataset.where(draw[2]))}, {len(example.tokens)} tokens, '
-            f'{len(record["conversations"])} conversations</h2>']
-    points = [p for c in record['conversations'] for m in c['messages']
-              for p in (m.get('points') or {}).get('points', ())]
-    scale = max(1, (128 if example.times else 256) // processor.image_size)
-    for i, patches in enumerate(example.patches if example.patches is not None else ()):
-        here = points_at(points, example.times[i]) if example.times else [p for p in points if p.get('image', 0) == i]
-        page.append(f'<img src="{data_url(as_model_sees(patches, example.grid, here, scale))}">')
-    return '\n'.join(page + [tokens_html(example, processor)])
-
-
-def suspicions(record, example):
-    """Yields what can be used but was perhaps not meant, one line each."""
-    left_out = len(record['conversations']) - max(example.branches)
-    if left_out:
-        yield 'left out', f'{left_out} of {len(record["conversations"])} conversations do not fit'
-    if repeated := [path for path, n in Counter(record['images']).items() if n > 1]:
-        yield 'repeated picture', repeated[0]
-    for message in (m for c in record['conversations'] for m in c['messages']):
-        points = (message.get('points') or {}).get('points', [])
-        if message['role'] == 'assistant' and not message['content'] and message.get('points') is None:
-            yield 'empty answer', 'an assistant turn without content or points'
-        if mark := re.search(r'<(image|video)>', message['content']):
-            yield 'mark in the text', f'{mark[0]} inside a message stays text'
-        if any(not 0 <= p[k] <= 1 for p in points for k in 'xy'):
-            yield 'point outside', 'a point beyond the border is moved to it'
-        if len({(p['x'], p['y'], p.get('t'), p.get('image')) for p in points}) < len(points):
-            yield 'repeated point', 'two points at one place'
-        if late := [p['t'] for p in points if 't' in p and example.times and p['t'] > example.times[-1] + .5]:
-            yield 'late point', f'a point at {late[0]} s in a clip of {example.times[-1]:.1f} s'
-
-
-def check(path, settings):
-    """Reads every row of a dataset as training would and says what is wrong or odd: counts, and the first few."""
-    from tqdm import tqdm
-    processor, path = make_processor(settings)[0], Path(path)
-    splits = [path.stem] if path.suffix == '.jsonl' else [p.stem for p in sorted(path.glob('*.jsonl'))]
-    if not splits:
-        raise UserError(f'{path} holds no .jsonl file')
-    for split in splits:
-        dataset = Dataset(path.parent if path.suffix == '.jsonl' else path, split)
-        odd, tasks, lengths, answers = Counter(), Counter(), [], []
-
-        def tell(row, kind, what):
-            odd[kind] += 1
-            if odd[kind] <= 5:
-                tqdm.write(f'{dataset.where(row)}: {kind}: {what}')
-        for row in tqdm(range(dataset.rows), unit='row', desc=split, disable=None):
-            try:
-                record = dataset[row]
-                tasks.update(c.get('task', 'other') for c in record['conversations'])
-                example = processor.example(record, dataset.folder)
-            except BadRow as e:
-                tell(row, e.reason, e)
-                continue
-            lengths.append(len(example.tokens))
-            answers.append(max(Counter(b for b, w in zip(example.branches, example.weights) if w).values()))
-            if answers[-1] > processor.seq_len // 2:
-                tell(row, 'long answer', f'{answers[-1]} tokens')
-            for kind, what in suspicions(record, example):
-                tell(row, kind, what)
-        print(f'{dataset.path}: {dataset.rows:,} rows, {len(lengths):,} usable; conversations: '
-              + (', '.join(f'{t} {n:,}' for t, n in tasks.most_common()) or 'none'))
-        for name, n in (('row', lengths), ('longest answer of a row', answers)):
-            if n:
-                print(f'  tokens a {name}: median {np.median(n):.0f}, 99% {np.quantile(n, .99):.0f}, most {max(n)}'
-                      f' (seq_len {processor.seq_len})')
-        for kind, n in odd.most_common():
-            print(f'  {kind}: {n:,}')
-
-
-def main():
-    from configurator import configure, train_settings
-    paths = [arg.partition('=')[2] for arg in sys.argv[1:] if arg.startswith('--check=')]
-    settings = configure(train_settings(), [arg for arg in sys.argv[1:] if not arg.startswith('--check=')])
-    if paths:
-        check(paths[0], settings)
-    else:
-        inspect(settings)
-
-
 if __name__ == '__main__':
     try:
+        from extra.inspector import main     # a page of what the model gets, and --check of a dataset
         main()
     except UserError as e:
         sys.exit(f'error: {e}')

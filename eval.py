@@ -7,7 +7,7 @@
 Prints a line per dataset, task and metric with its 95% interval. Beside the checkpoint, in eval/: metrics.json,
 predictions.jsonl (a line per question) and report.html (the worst answers first, over their pictures).
 
-metrics.py says what is measured. A run that was killed goes on where it was, and one that was done is only scored
+extra/metrics.py says what is measured. A run that was killed goes on where it was, and one that was done is only scored
 again (--fresh=True: answered again). `torchrun --nproc-per-node=2 eval.py ..` shares the questions out; the scores are the
 same. --loss=True adds the loss and the perplexity of the reference answers, by task.
 """
@@ -45,9 +45,12 @@ if __name__ == '__main__':
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from data import STYLE, TASKS, Dataset, collate, load_checkpoint, parse_points, to_device  # noqa: E402
+from extra.inspector import STYLE  # noqa: E402
+from extra.engine import generate  # noqa: E402
+from data import TASKS, Dataset, collate, parse_points, to_device  # noqa: E402
+from extra.hf import load_checkpoint  # noqa: E402
 from media import BadRow, data_url, draw_points, enlarge, load_image, load_video, open_media, points_at  # noqa: E402
-from metrics import score  # noqa: E402
+from extra.metrics import score  # noqa: E402
 from model import UserError, pick_device, pick_weights_dtype  # noqa: E402
 
 
@@ -136,7 +139,7 @@ def answer_all(model, processor, rows):
         batches[-1].append(row)
     for chosen in batches:
         batch = to_device(collate([[example] for example, _ in chosen], processor), model.pixel_scale.device)
-        tokens = torch.stack(list(model.generate(batch, max_new_tokens)), 1).tolist()
+        tokens = torch.stack(list(generate(model, batch, max_new_tokens)), 1).tolist()
         for item, row in zip((item for _, items in chosen for item in items), tokens):
             item['prediction'] = processor.decode([t for t in row if t not in (-1, processor.im_end)])
 

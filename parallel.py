@@ -11,6 +11,7 @@ torchrun starts the processes and numbers them; each rank has one device. With e
 All three give the gradients that one process would have (train.py divides by the weight of all rows together), and
 the attention inside a shared row is exact (model.py, Ulysses).
 """
+import itertools
 import json
 import math
 import os
@@ -18,12 +19,16 @@ import sys
 import threading
 import time
 import uuid
+from collections import Counter
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 
-from model import UserError, full_row_patches, memory_estimate, planned_model
+from configurator import UserError
+from model import attention
 
 rank, local_rank, world_size, local_world_size = (             # as torchrun sets them
     int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_WORLD_SIZE', 1)))
@@ -114,6 +119,135 @@ def shard(model, hybrid, dtype, reshard, offload):
     fully_shard(model, **how)
 
 
+# their names from torch 2.13 on, and those of before
+all_gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor
+
+
+reduce_scatter = getattr(dist, 'reduce_scatter_single', None) or dist.reduce_scatter_tensor
+
+
+class AllToAll(torch.autograd.Function):
+    """x [N, ...] on each of N ranks -> [N, ...]: piece j of rank i becomes piece i of rank j. Its own inverse, and so
+    its own gradient."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AllToAll.apply(grad, ctx.group), None
+
+
+class AllGather(torch.autograd.Function):
+    """x [n, ...] on each of N ranks -> [N n, ...], the same on all. The gradient of x is the sum of the ranks' for it."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        out = x.new_empty(group.size() * len(x), *x.shape[1:])
+        all_gather(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        out = grad.new_empty(len(grad) // ctx.group.size(), *grad.shape[1:])
+        reduce_scatter(out, grad.contiguous(), group=ctx.group)
+        return out, None
+
+
+@dataclass
+class Ulysses:
+    """The mask of rows that the N ranks of `group` share, each holding one piece of every row's tokens (Jacobs et al.
+    2023, arXiv 2309.14509).
+
+        before      rank 0: tokens 0..3, all heads          rank 1: tokens 4..7, all heads
+           │  all-to-all: I give each rank its heads of my tokens, and get my heads of its tokens
+           ▼
+        attention   rank 0: all tokens, heads 0..1          rank 1: all tokens, heads 2..3
+           │  all-to-all back
+           ▼
+        after       rank 0: tokens 0..3, all heads          rank 1: tokens 4..7, all heads
+
+    In between each rank has whole rows, so any attention under any mask will do. The exchange moves 1 / N of what a
+    rank holds to each of the others: more ranks, fewer bytes for each. All else in a decoder is done token by token.
+    """
+    mask: object                           # of the whole rows: whatever `attention` takes
+    group: object                          # a process group
+
+    def attend(self, query, key, value):
+        """As `attention`; query [B, heads, L / N, D], key and value [B, kv heads, L / N, D] of this rank's tokens."""
+        N = self.group.size()
+        # Query heads are dealt out in order, and with them the key heads they read: repeated until N divides them
+        repeat = N // math.gcd(key.shape[1], N)
+        key, value = (x.repeat_interleave(repeat, 1) if repeat > 1 else x for x in (key, value))
+        mine = torch.cat([x.unflatten(1, (N, -1)) for x in (query, key, value)], 2)              # [B, N, h, L / N, D]
+        x = AllToAll.apply(mine.transpose(0, 1), self.group)                                     # [N, B, h, L / N, D]
+        x = x.permute(1, 2, 0, 3, 4).flatten(2, 3)                                               # [B, h, L, D]
+        x = attention(*x.split([query.shape[1] // N, key.shape[1] // N, key.shape[1] // N], 1), self.mask)
+        x = x.unflatten(2, (N, -1)).permute(2, 0, 1, 3, 4)                                # [N, B, heads / N, L / N, D]
+        return AllToAll.apply(x, self.group).transpose(0, 1).flatten(1, 2)
+
+
+def share_rows(batch, index, n):
+    """Piece `index` of the `n` that a batch is cut into for as many ranks: a stretch of every row's tokens with their
+    losses, the visual tokens among them, and a share of the crops. Rows are padded until n divides them, and so are the
+    crops, whose features all ranks gather, those of rank 0 first (model.py, VLM.see). What masks are made of stays
+    whole: document_ids, branch_ids and, as `row_tokens`, the tokens.
+    """
+    L, cut = batch['tokens'].shape[1], dict(batch)
+    size = -(-L // n)
+    mine = slice(index * size, (index + 1) * size)
+    for key in ('tokens', 'targets', 'loss_weights', 'position_ids', 'document_ids', 'branch_ids'):
+        cut[key] = F.pad(batch[key], (0, n * size - L), value=-1 if key == 'document_ids' else 0)    # [B, n size]
+    cut['row_tokens'], real = cut['tokens'], cut['document_ids'][:, mine] >= 0
+    for key in ('tokens', 'targets', 'loss_weights', 'position_ids'):
+        cut[key] = cut[key][:, mine].contiguous()                                                # [B, size]
+
+    def place(flat):
+        """Flat places in [B, L] -> which of them are in this piece, and where in [B, size]."""
+        row, column = flat // L, flat % L - mine.start
+        inside = (column >= 0) & (column < size)
+        return inside, (row * size + column)[inside]
+    inside, cut['loss_index'] = place(batch['loss_index'])
+    cut['loss_tasks'] = batch['loss_tasks'][inside]
+    if 'pool_index' in batch:
+        kinds = [(name, *batch[name].shape[:2], -(-len(batch[name]) // n)) for name in ('patches', 'frames')
+                 if name in batch]           # a name, its crops, the patches of one, the crops of a share
+        share, before, gathered = sum(p * crops for _, _, p, crops in kinds), 0, []
+        for name, number, patches, crops in kinds:
+            ours = batch[name][index * crops:(index + 1) * crops]
+            cut[name] = F.pad(ours, (0, 0, 0, 0, 0, crops - len(ours)))
+            i = torch.arange(number * patches)
+            gathered.append(i // (crops * patches) * share + before + i % (crops * patches))
+            before += crops * patches
+        inside, cut['visual_index'] = place(batch['visual_index'])
+        pool = batch['pool_index'][inside]
+        cut['pool_index'] = torch.where(pool < 0, -1, torch.cat(gathered)[pool.clamp(min=0)])
+    cut.update(n_tokens=int(real.sum()), total_weight=float(cut['loss_weights'].sum()),
+               n_pairs=int((cut['position_ids'] + 1)[real].sum()))
+    return cut
+
+
+def deal_out(states, n, mixture):
+    """The states of some loaders that read a mixture together -> those of `n` that go on together: what waited in the
+    pools and what the slower ones had still to draw is dealt out, the new draws begin after the fastest."""
+    if len(states) == n:
+        return states
+    following = {s['draw'] % len(states): s['draw'] for s in states}
+    first, end = min(following.values()), max(following.values())
+    drawn = itertools.takewhile(lambda draw: draw[0] < end, mixture.draws(first))
+    left = sorted(row for s in states for row in s['pool'])
+    left += [list(draw) for draw in drawn if draw[0] >= following[draw[0] % len(states)]]
+    dealt = [{'draw': end + i, 'pool': left[i::n], 'seen': 0, 'skipped': {}} for i in range(n)]
+    dealt[0].update(seen=sum(s['seen'] for s in states),
+                    skipped=dict(sum((Counter(s['skipped']) for s in states), Counter())))
+    return dealt
+
+
 class Watchdog(threading.Thread):
     """In a hang all ranks wait for one, and only where that one is tells why. After `patience` seconds without
     progress the first rank that can still speak prints, once, where each is."""
@@ -159,34 +293,9 @@ class Watchdog(threading.Thread):
                       + (f", with {' '.join(rows[0])}" if rows[0] else ''), file=sys.stderr, flush=True)
 
 
-def main():
-    """Does it fit? Memory of a device by the number of devices."""
-    from configurator import configure, train_settings
-    settings = configure(train_settings())
-    model, patches = planned_model(settings), full_row_patches(settings)
-    rows, seq_len, recompute = (settings[k] for k in ('batch_size', 'seq_len', 'recompute'))
-    need = lambda shards, cp: memory_estimate(model, rows, seq_len, recompute, patches=patches, shards=shards, cp=cp)
-    print(f"GB on each device for {rows} rows of {seq_len:,} tokens, recompute = {recompute}; with ddp "
-          f"{need(1, 1)['total'] / 1e9:.1f}, with fsdp:\n")
-    head = [*need(1, 1), 'cp = 2', 'cp = 4', 'cp = 8']
-    print('devices  ' + '  '.join(head))
-    for n in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        row = [*need(n, 1).values(), *(need(n, cp)['total'] if cp <= n else None for cp in (2, 4, 8))]
-        print(f'{n:>7}  ' + '  '.join(f'{b / 1e9:{len(name)}.1f}' for name, b in zip(head, row) if b is not None))
-
-    t = model.config.language
-    print(f"\nOne row shared by cp devices that hold the weights together. MB: what each sends in a layer's forward pass, "
-          f"and again in its backward pass\n\n{'row':>9}{'cp':>4}{'tokens each':>13}{'GB each':>9}{'MB':>7}")
-    for length in (seq_len, 4 * seq_len):
-        for n in (n for n in (1, 2, 4, 8, 16) if not t.num_heads % n):
-            kv_heads = t.num_kv_heads * n // math.gcd(t.num_kv_heads, n)           # repeated until n divides them
-            sent = (2 * t.num_heads + 2 * kv_heads) * t.head_dim * 2 * length / n * (n - 1) / n
-            memory = memory_estimate(model, 1, length, recompute, patches=patches * length // seq_len, shards=n, cp=n)
-            print(f"{length:>9,}{n:>4}{length // n:>13,}{memory['total'] / 1e9:>9.1f}{sent / 1e6:>7.0f}")
-
-
 if __name__ == '__main__':
     try:
-        main()
+        from extra.plan import main_devices  # the table of memory by devices
+        main_devices()
     except UserError as e:
         sys.exit(f'error: {e}')

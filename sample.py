@@ -45,9 +45,11 @@ if __name__ == '__main__':
 
 import torch  # noqa: E402
 
-from data import collate, load_checkpoint, parse_points, to_device  # noqa: E402
+from data import collate, parse_points, to_device  # noqa: E402
+from extra.hf import load_checkpoint  # noqa: E402
 from media import BadRow, draw_on_video, draw_points, enlarge, load_image  # noqa: E402
-from model import KVCache, UserError, compile_blocks, pick_device, pick_weights_dtype  # noqa: E402
+from extra.engine import KVCache, generate  # noqa: E402
+from model import UserError, compile_blocks, pick_device, pick_weights_dtype  # noqa: E402
 
 HELP = """/image photo.jpg [b.jpg ..]   show pictures beside those there are
 /video clip.mp4                show a video instead
@@ -94,7 +96,7 @@ class Chat:
         self.cache.length = same
         ids, shown, answer = [], 0, ''
         try:
-            for token in self.model.generate(batch, max_new_tokens, cache=self.cache, **self.how):
+            for token in generate(self.model, batch, max_new_tokens, cache=self.cache, **self.how):
                 if token.item() in (-1, self.processor.im_end):
                     break
                 ids.append(token.item())
@@ -221,7 +223,7 @@ def main():
         if chat:
             talk(talking, names, video)
         if serve:
-            from serve import server
+            from extra.serve import server
             try:
                 page = server(talking, load_media, serve)
             except OSError as e:

@@ -123,12 +123,16 @@ import torch.distributed as dist  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from data import (TASKS, Dataset, Loader, Mixture, Processor, deal_out, is_released, mixture_sets, mixture_table,  # noqa: E402
-                  open_mixture, processor_settings, share_rows, to_device)
+from data import (TASKS, Dataset, Loader, Mixture, Processor, mixture_sets, open_mixture,  # noqa: E402
+                  processor_settings, to_device)
+from parallel import deal_out, share_rows  # noqa: E402
+from extra.hf import load_processor, saved_settings, is_released  # noqa: E402
+from extra.plan import mixture_table  # noqa: E402
 from eval import evaluate as answers, summarise, table  # noqa: E402
-from model import (UserError, VLM, compile_blocks, copy_tensors, fits, from_hf, full_row_patches, layout, load_weights,  # noqa: E402
-                   make_config, memory_estimate, newest, part_table, pick_device, pick_dtype, planned_model, read_json,
-                   separate, uncompiled, whole, write_model)
+from model import UserError, VLM, compile_blocks, make_config, pick_device, pick_dtype, read_json, whole  # noqa: E402
+from extra.hf import copy_tensors, from_hf, layout, load_weights, newest, write_model  # noqa: E402
+from extra.plan import fits, full_row_patches, memory_estimate, part_table, planned_model  # noqa: E402
+from extra.engine import separate, uncompiled  # noqa: E402
 from parallel import (Watchdog, from_rank_0, gather, local_world_size, rank, row_group, shard, start, sum_over_ranks,  # noqa: E402
                       world_size)
 
@@ -180,8 +184,8 @@ def build(checkpoint, dev, amp):
     ours = processor_settings(settings)
     if source := checkpoint or init_from and newest(init_from):
         config = from_hf(read_json(source / 'config.json'), source / 'config.json')
-        processor = Processor.load(source, config, **ours)
-        before = {} if is_released(source) else Processor.saved(source, config)      # a released one's sizes are its own
+        processor = load_processor(source, config, **ours)
+        before = {} if is_released(source) else saved_settings(source, config)      # a released one's sizes are its own
         for name in ('image_size', 'pooling', 'video_size', 'video_pooling', 'point_format', 'point_digits'):
             if name in before and before[name] != getattr(processor, name):
                 print(f'note: {name} is {before[name]!r} in {source} and {getattr(processor, name)!r} now')

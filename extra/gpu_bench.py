@@ -26,6 +26,9 @@ import model as m
 import train
 from configurator import configure, train_settings
 from data import collate, to_device
+from extra.plan import memory_estimate, planned_model
+from extra.kernels import WeightedCrossEntropy
+from extra.engine import KVCache, Stepper, generate
 
 CUDA = torch.cuda.is_available()
 DEVICE = m.pick_device()
@@ -273,7 +276,7 @@ def one_step(say, config, note, *more, repeats=3):
     m._flex_attention = None
     settings = settings_of(config, *more)
     vars(train).update(settings, settings=settings)
-    model = train.set_trained(m.planned_model(settings)).to_empty(device=DEVICE)
+    model = train.set_trained(planned_model(settings)).to_empty(device=DEVICE)
     model.set_buffers(DEVICE)
     bench.random_weights(model)
     if settings['compile']:
@@ -294,7 +297,7 @@ def one_step(say, config, note, *more, repeats=3):
         torch.cuda.reset_peak_memory_stats()
     seconds = milliseconds(step, repeats, 1) / 1e3
     patches = sum(batch[x].shape[0] * batch[x].shape[1] for x in ('patches', 'frames') if x in batch)
-    estimate = m.memory_estimate(model, len(rows), settings['seq_len'], settings['recompute'], DTYPE, patches / len(rows),
+    estimate = memory_estimate(model, len(rows), settings['seq_len'], settings['recompute'], DTYPE, patches / len(rows),
                                  compiled=settings['compile'])
     speed = train.flops(model, batch) / seconds
     say('step', config=config, note=note, rows=len(rows), first_seconds=first, seconds=seconds,
@@ -336,7 +339,7 @@ def loss(say):
 
     def as_it_is(chunk):
         with torch.autocast(DEVICE.type, DTYPE):
-            m.WeightedCrossEntropy.apply(hidden, weight, targets, loss_weights, chunk, 0.)
+            WeightedCrossEntropy.apply(hidden, weight, targets, loss_weights, chunk, 0.)
     for chunk in (1024, 4096):
         took = milliseconds(lambda chunk=chunk: as_it_is(chunk), 5)
         say('loss', chunk=chunk, ms=took, tflops=flops / took / 1e9)
@@ -390,7 +393,7 @@ def data_waiting(say):
 
 def decoding(say):
     """Greedy tokens of the decoder at Qwen3-0.6B's size, one answer and eight, and a step captured in a CUDA graph."""
-    model = m.planned_model(settings_of('config/stage1.py')).to(DTYPE).to_empty(device=DEVICE).eval()
+    model = planned_model(settings_of('config/stage1.py')).to(DTYPE).to_empty(device=DEVICE).eval()
     model.set_buffers(DEVICE)
     bench.random_weights(model)
     model.config.eos_token_id = -1
@@ -400,17 +403,17 @@ def decoding(say):
         tokens = torch.randint(0, 1000, (answers, 64), device=DEVICE)
         batch = dict(tokens=tokens, position_ids=torch.arange(64, device=DEVICE).expand(answers, 64), causal=True,
                      document_ids=torch.zeros_like(tokens), branch_ids=torch.zeros_like(tokens))
-        times = [milliseconds(lambda n=n: list(model.generate(batch, n)), 3, 1) for n in (few, many)]
+        times = [milliseconds(lambda n=n: list(generate(model, batch, n)), 3, 1) for n in (few, many)]
         a_step = (times[1] - times[0]) / (many - few)
         say('decoding', answers=answers, ms_a_step=a_step, tokens_a_second=1e3 * answers / a_step,
             weights_read_terabytes_a_second=weights / a_step / 1e9)
     if not CUDA:
         return
     config = model.config.language
-    cache = m.KVCache(config, 1, 512, DTYPE, DEVICE)
+    cache = KVCache(config, 1, 512, DTYPE, DEVICE)
     cache.length = 256
     with torch.inference_mode():
-        stepper = m.Stepper(model.language_model, cache, None)
+        stepper = Stepper(model.language_model, cache, None)
         position = torch.tensor([[256]], device=DEVICE)
         cos, sin = (x.to(DTYPE) for x in m.rotary_table(position, config.head_dim, config.rope_theta))
         token = torch.zeros(1, dtype=torch.long, device=DEVICE)
@@ -433,7 +436,7 @@ def transformers_decoding(say):
         from transformers import Qwen3Config, Qwen3ForCausalLM
     except ImportError as e:
         return say('decoding by transformers', unavailable=str(e))
-    sizes = m.planned_model(settings_of('config/stage1.py')).config.language
+    sizes = planned_model(settings_of('config/stage1.py')).config.language
     config = Qwen3Config(vocab_size=sizes.vocab_size, hidden_size=sizes.hidden_size,
                          intermediate_size=sizes.intermediate_size,
                          num_hidden_layers=sizes.num_layers, num_attention_heads=sizes.num_heads,

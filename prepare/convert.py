@@ -62,7 +62,7 @@ SECONDS = ('When does this happen: {}', 'Find the moments of: {}', 'At what time
 # recipe.md, section 10: these styles put their name in front of the question, so that a short answer is on request
 PREFIXED = {'vqa2', 'text_vqa', 'okvqa', 'a_okvqa_da', 'chart_qa', 'doc_qa', 'info_qa', 'st_qa', 'tally_qa', 'tabwmp_da',
             'dv_qa', 'figure_qa', 'plot_qa', 'video_short_answer'} | set(LABEL)
-# how held-out answers are scored (metrics.py), where the task does not say it
+# how held-out answers are scored (extra/metrics.py), where the task does not say it
 METRIC = dict.fromkeys(('vqa2', 'text_vqa', 'okvqa', 'a_okvqa_da'), 'vqa') | {'chart_qa': 'relaxed'} | dict.fromkeys(
     ('doc_qa', 'info_qa', 'st_qa'), 'anls')
 COUNTING = re.compile(r'\b(how many|count|number of)\b', re.I)

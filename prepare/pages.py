@@ -5,7 +5,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from data import STYLE, Dataset
+from extra.inspector import STYLE
+from data import Dataset
 from media import BadRow, data_url, draw_points, load_image, load_video, open_media, points_at
 
 COUNTS = ('rows', 'records', 'conversations', 'media')

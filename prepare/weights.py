@@ -23,8 +23,9 @@ from huggingface_hub.errors import HfHubHTTPError
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from configurator import train_settings  # noqa: E402
 from data import Processor, processor_settings  # noqa: E402
-from model import (VISION, VLM, UserError, VisionConfig, from_hf, layout, load_weights, part_table, read_json,  # noqa: E402
-                   save_model)
+from model import VISION, VLM, UserError, VisionConfig, read_json  # noqa: E402
+from extra.hf import from_hf, layout, load_weights, save_model  # noqa: E402
+from extra.plan import part_table  # noqa: E402
 from table import sha256  # noqa: E402
 
 WANTED = re.compile(r'config\.json|generation_config\.json|tokenizer(_config)?\.json|chat_template\.\w+|'

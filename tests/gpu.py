@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 import model as m  # noqa: E402
 from data import collate, to_device  # noqa: E402
 from extra import timed_parts  # noqa: E402
+from extra.engine import generate  # noqa: E402
 from extra.gpu_bench import drawn_pictures  # noqa: E402
 from trees import PROCESSOR, batches, build, one_process, tree  # noqa: E402
 
@@ -132,8 +133,8 @@ def generation(say):
     with torch.inference_mode():
         for name, rows in (('one answer', [[tree(1, 0)]]), ('trees', [[tree(1, 2)], [tree(2, 1)]])):
             batch = collate(rows, PROCESSOR, 0 if len(rows) > 1 else len(rows[0][0].tokens))
-            expected = [token.tolist() for token in on_cpu.generate(batch, 24)]
-            ours = [token.tolist() for token in model.generate(to_device(batch, DEVICE), 24)]
+            expected = [token.tolist() for token in generate(on_cpu, batch, 24)]
+            ours = [token.tolist() for token in generate(model, to_device(batch, DEVICE), 24)]
             check(say, 'generation against CPU', ours == expected, rows=name)
         plain = copy.copy(to_device(collate([[tree(3, 1)]], PROCESSOR, 0), DEVICE))
         length = len(tree(3, 1).tokens)
@@ -142,7 +143,7 @@ def generation(say):
         keep &= torch.arange(len(keep), device=DEVICE) < length
         for name in ('tokens', 'targets', 'loss_weights', 'position_ids', 'document_ids', 'branch_ids'):
             plain[name] = plain[name][:, keep]
-        cached = [token.tolist() for token in model.generate(plain, 24)]
+        cached = [token.tolist() for token in generate(model, plain, 24)]
         check(say, 'generation without a cache', list(without_cache(model, plain, 24)) == cached)
 
 

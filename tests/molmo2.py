@@ -31,6 +31,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import model as m  # noqa: E402
+from extra.hf import load_checkpoint, load_model, load_processor, newest, save_model  # noqa: E402
+from extra.engine import contexts, generate  # noqa: E402
+from extra import molmo2 as ours_molmo2  # noqa: E402
 import sample  # noqa: E402
 from media import BadRow  # noqa: E402
 
@@ -71,7 +74,7 @@ def folder(tmp_path_factory):
     for p in model.parameters():                       # no two answers alike, biases that show
         p.data += .1 * torch.randn(p.shape, generator=generator)
     where = out / 'checkpoint'
-    m.save_model(model, where)
+    save_model(model, where)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='<|im_end|>', pad_token='<|endoftext|>')
     Molmo2Processor(Molmo2ImageProcessor(**TINY), Molmo2VideoProcessor(**{**TINY, 'pooling_size': [3, 3]}, do_rescale=True, do_normalize=True),
                     tokenizer, use_single_crop_col_tokens=False).save_pretrained(where)
@@ -96,7 +99,7 @@ def compare(ours, batch, theirs, frames=False):
 
 def test_pictures_of_every_size_are_cut_alike(folder):
     """At true size: pictures of 1 to 3000 pixels a side (SIZES=200 for so many)."""
-    theirs, ours = Molmo2ImageProcessor(**TRUE), data.Processor.load(folder, None)
+    theirs, ours = Molmo2ImageProcessor(**TRUE), load_processor(folder, None)
     generator, worst, seen = np.random.default_rng(0), 0., set()
     ours.image_size, ours.margin, ours.max_crops, ours.grid = 378, 4, 8, (27, 27)
     sizes = [(1, 1), (113, 113), (112, 600), (378, 378), (640, 480), (1920, 1080), (300, 2000), (3000, 40)]
@@ -118,7 +121,7 @@ TEXTS = ['What is this?', 'Point to every red circle.\nThen count.', 'x <|image|
 
 
 def test_prompts_with_pictures(folder):
-    theirs, ours = Molmo2Processor.from_pretrained(folder), data.Processor.load(folder, None)
+    theirs, ours = Molmo2Processor.from_pretrained(folder), load_processor(folder, None)
     generator, worst = np.random.default_rng(1), 0.
     for i in range(24):
         images = [picture(generator, *generator.integers(15, 400, 2)) for _ in range(i % 4)]
@@ -138,7 +141,7 @@ def test_prompts_with_pictures(folder):
 
 
 def test_prompts_with_videos(folder):
-    theirs, ours = Molmo2Processor.from_pretrained(folder), data.Processor.load(folder, None)
+    theirs, ours = Molmo2Processor.from_pretrained(folder), load_processor(folder, None)
     generator, worst = np.random.default_rng(2), 0.
     for i in range(20):
         frames = [picture(generator, *size) for size in [generator.integers(20, 200, 2)] for _ in range(1 + i % 7)]
@@ -157,16 +160,16 @@ def answers(folder, model, batch, expected, tokens=64):
     """Our logits of the last place and greedy tokens, and theirs."""
     peer = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        last = model.hidden(batch, m.contexts(batch['document_ids'], batch['branch_ids'])[:, -1])
+        last = model.hidden(batch, contexts(batch['document_ids'], batch['branch_ids'])[:, -1])
         far = (peer(**expected).logits[0, -1] - model.logits(last)[0]).abs().max()
         said = peer.generate(**expected, max_new_tokens=tokens, do_sample=False)[0, expected['input_ids'].shape[1]:].tolist()
-    ours = [t.item() for t in model.generate(batch, tokens)]
+    ours = [t.item() for t in generate(model, batch, tokens)]
     return far, ours, said
 
 
 def test_the_same_answers(folder):
     """Released weights, a picture, three, a video: the same logits and the same 64 tokens."""
-    theirs, (model, ours, _) = Molmo2Processor.from_pretrained(folder), data.load_checkpoint(folder)
+    theirs, (model, ours, _) = Molmo2Processor.from_pretrained(folder), load_checkpoint(folder)
     assert (ours.max_frames, ours.fps, ours.seq_len) == (theirs.video_processor.num_frames, theirs.video_processor.max_fps, 40960)
     generator = np.random.default_rng(3)
     model.eval()
@@ -196,9 +199,9 @@ def test_training_goes_on_and_is_opened_elsewhere(folder, tmp_path):
                            '--accumulation=1', '--warmup_steps=1', '--eval_interval=0', '--num_workers=0', '--threads=1', '--dtype=float32',
                            '--seq_len=1024', '--max_frames=4', '--device=cpu'], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and 'done at step 2' in done.stdout, done.stdout + done.stderr
-    saved = m.newest(tmp_path / 'run')
-    theirs, (model, ours, _) = transformers.AutoProcessor.from_pretrained(saved), data.load_checkpoint(saved)
-    assert type(theirs).__name__ == 'Molmo2Processor' and isinstance(ours, data.Molmo2Processor)
+    saved = newest(tmp_path / 'run')
+    theirs, (model, ours, _) = transformers.AutoProcessor.from_pretrained(saved), load_checkpoint(saved)
+    assert type(theirs).__name__ == 'Molmo2Processor' and isinstance(ours, ours_molmo2.Molmo2Processor)
     image = picture(np.random.default_rng(4), 200, 90)
     expected = theirs(images=[image], text='<|image|>' + user(TEXTS[0]), return_tensors='pt')
     e = ours.prompt([{'role': 'user', 'content': TEXTS[0]}], images=[image])
@@ -206,12 +209,12 @@ def test_training_goes_on_and_is_opened_elsewhere(folder, tmp_path):
     expected['pixel_values'] = torch.from_numpy(e.patches).float() / 127.5 - 1
     far, tokens, wanted = answers(saved, model.eval(), data.collate([[e]], ours), expected, 16)
     assert far < 1e-4 and tokens == wanted[:len(tokens)]
-    before = m.load_model(folder)
+    before = load_model(folder)
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), model.parameters()))
 
 
 def test_a_conversation(folder, monkeypatch):
-    model, ours, _ = data.load_checkpoint(folder)
+    model, ours, _ = load_checkpoint(folder)
     monkeypatch.setattr(sample, 'max_new_tokens', 5)
     chat = sample.Chat(model, ours)
     chat.show(images=[picture(np.random.default_rng(5), 200, 90)])

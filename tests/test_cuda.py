@@ -13,6 +13,7 @@ from configurator import UserError, configure, train_settings  # noqa: E402
 from trees import PROCESSOR, batches, build, one_process, tree  # noqa: E402
 
 from data import collate  # noqa: E402
+from extra.plan import fits, full_row_patches, kept_by_decoder_block, kept_by_vision_block, memory_estimate, planned_model  # noqa: E402
 
 
 def test_flex_attention_never_takes_the_decoding_kernel(monkeypatch):
@@ -89,7 +90,7 @@ def test_kept_by_a_decoder_block_is_what_autograd_keeps(compiled):
     rotary = m.rotary_table(torch.arange(TOKENS)[None], config.head_dim, config.rope_theta)
     rotary = [table.to(torch.bfloat16) for table in rotary]
     counted = kept_a_token(block, x, rotary, 'causal') - 2 * 2 * config.head_dim     # the table is shared by all layers
-    estimated = m.kept_by_decoder_block(config, 2, 4, compiled)
+    estimated = kept_by_decoder_block(config, 2, 4, compiled)
     print('a decoder block keeps', counted, 'estimated', estimated)
     assert counted == pytest.approx(estimated, rel=.05)
 
@@ -103,7 +104,7 @@ def test_kept_by_a_vision_block_is_what_autograd_keeps(activation, monkeypatch):
                             activation=activation, feature_layers=(-1,))
     x = torch.randn(TOKENS, 256, requires_grad=True)
     counted = kept_a_token(m.VisionBlock(config), x, [(1, TOKENS)])
-    estimated = m.kept_by_vision_block(config, 2, 4)
+    estimated = kept_by_vision_block(config, 2, 4)
     print('a vision block keeps', counted, 'estimated', estimated)
     assert counted == pytest.approx(estimated, rel=.05)
 
@@ -111,16 +112,16 @@ def test_kept_by_a_vision_block_is_what_autograd_keeps(activation, monkeypatch):
 def test_stages_fit_80_gb_without_recomputing():
     """Qwen3-0.6B keeps 55.3 kB a token and layer, compiled 47.1."""
     language = m.LanguageConfig(**m.LANGUAGE['Qwen/Qwen3-0.6B'])
-    assert m.kept_by_decoder_block(language, 2, 4, False) == 55_296
-    assert m.kept_by_decoder_block(language, 2, 4, True) == 47_104
+    assert kept_by_decoder_block(language, 2, 4, False) == 55_296
+    assert kept_by_decoder_block(language, 2, 4, True) == 47_104
     for stage in (1, 2, 3):
         settings = configure(train_settings(), [str(ROOT / f'config/stage{stage}.py')])
-        model = m.planned_model({**settings, 'init_from': ''})
+        model = planned_model({**settings, 'init_from': ''})
         assert settings['recompute'] == 0 and settings['packing']
         rows = {}
         for n in (settings['batch_size'], 2 * settings['batch_size']):
-            memory = m.memory_estimate(model, n, settings['seq_len'], patches=m.full_row_patches(settings))
-            rows[n] = m.fits(memory['total'], 80e9)
+            memory = memory_estimate(model, n, settings['seq_len'], patches=full_row_patches(settings))
+            rows[n] = fits(memory['total'], 80e9)
         assert rows[settings['batch_size']].endswith(': fits') and 'does not fit' in rows[2 * settings['batch_size']]
         step = settings['batch_size'] * settings['accumulation'] * settings['seq_len']
         assert step == {1: 128 * 4096, 2: 128 * 4096, 3: 64 * 36864}[stage]

@@ -17,10 +17,14 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+from extra.engine import generate  # noqa: E402
 import data  # noqa: E402
 import model as m  # noqa: E402
 from data import BadRow, Dataset, Loader, Mixture, Processor, collate  # noqa: E402
 from model import UserError  # noqa: E402
+from extra.hf import load_processor, save_model  # noqa: E402
+from extra.plan import mixture_table  # noqa: E402
+from parallel import deal_out  # noqa: E402
 from test_media import clip, quarters  # noqa: E402
 
 
@@ -258,9 +262,9 @@ def test_transformers_reads_the_processor_of_a_checkpoint(world, tmp_path, pooli
     vlm.init_weights()
     for p in vlm.parameters():
         p.data += .2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    m.save_model(vlm, tmp_path)
+    save_model(vlm, tmp_path)
     processor.save(tmp_path)
-    again = Processor.load(tmp_path, vlm.config)
+    again = load_processor(tmp_path, vlm.config)
     assert {k: getattr(again, k) for k in ('image_size', 'pooling', 'resize', 'point_digits')} == \
         {k: getattr(processor, k) for k in ('image_size', 'pooling', 'resize', 'point_digits')}
     tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path)
@@ -286,7 +290,7 @@ def test_transformers_reads_the_processor_of_a_checkpoint(world, tmp_path, pooli
         inputs = theirs(images=[picture], text=text, return_tensors='pt')
         said = hf.AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).generate(**inputs, do_sample=False, max_new_tokens=24)
         e = processor.prompt([{'role': 'user', 'content': 'What is it?'}], images=[picture])
-        ours = [t.item() for t in vlm.eval().generate(collate([[e]], processor, length=len(e.tokens)), 24)]
+        ours = [t.item() for t in generate(vlm.eval(), collate([[e]], processor, length=len(e.tokens)), 24)]
         assert inputs['input_ids'][0].tolist() == e.tokens and said[0, len(e.tokens):].tolist() == ours and len(set(ours)) > 3
 
 
@@ -456,7 +460,7 @@ def test_a_cap_takes_some_rows_and_always_the_same(tmp_path):
     draws = take(data.open_mixture(mixture, tmp_path, 1).draws(), 2000)
     rows = [row for _, d, row in draws if d == 0]
     assert len(set(rows)) == 40 and max(rows) > 250 and {len(set(rows[i:i + 40])) for i in (0, 40, 80)} == {40}
-    table = data.mixture_table({**mixture, 'gone': {'rate': 1, 'sets': {'c': {'size': 1600}}}}, tmp_path, 1000)
+    table = mixture_table({**mixture, 'gone': {'rate': 1, 'sets': {'c': {'size': 1600}}}}, tmp_path, 1000)
     assert any(line.split() == ['a', '40', '6', '13.37%', '134', '3.34'] for line in table), table
     assert any(line.split()[:4] == ['c', '*', '1,600', '40'] for line in table) and table[-1].startswith('*')
 
@@ -534,12 +538,12 @@ def test_packing_resumes_bit_for_bit(world, stop):
 def test_other_numbers_of_loaders_go_on_without_losing_or_repeating_a_row(world):
     mixture, states, seen = loader(world).rows.mixture, None, Counter()
     for n in (3, 2, 1, 4):
-        states = json.loads(json.dumps(data.deal_out(states, n, mixture))) if states else [None] * n
+        states = json.loads(json.dumps(deal_out(states, n, mixture))) if states else [None] * n
         taken = [take(loader(world, state=state, rank=i, world_size=n, length=512, packed=True, batch_size=2), 3)
                  for i, state in enumerate(states)]
         states = [batches[-1][1] for batches in taken]
         seen.update(tuple(row) for batches in taken for batch, _ in batches for row in batch['rows'])
-    end, = data.deal_out(states, 1, mixture)
+    end, = deal_out(states, 1, mixture)
     seen.update((mixture.datasets[d].name, row) for _, d, row in end['pool'])
     drawn = itertools.islice(mixture.draws(), end['draw'])
     assert seen == Counter((mixture.datasets[d].name, row) for _, d, row in drawn)
@@ -562,7 +566,7 @@ def test_bad_rows_among_those_that_are_dealt_out_are_counted(world, tmp_path):
     rest = dict(max_bad_fraction=1., world_size=2)
     fast, slow = (take(loader(world, mine, rank=i, **rest), n)[-1][1] for i, n in ((0, 30), (1, 2)))
     mixture = loader(world, mine).rows.mixture
-    one, = data.deal_out([fast, slow], 1, mixture)
+    one, = deal_out([fast, slow], 1, mixture)
     end = take(loader(world, mine, state=one, max_bad_fraction=1.), 60)[-1][1]
     assert not end['pool'] and sum(end['skipped'].values()) == sum(
         d == 2 and row >= 7 for _, d, row in itertools.islice(mixture.draws(), end['draw']))

@@ -12,8 +12,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import eval as ev  # noqa: E402
-import metrics  # noqa: E402
+from extra import metrics  # noqa: E402
 import model as m  # noqa: E402
+from extra.hf import load_checkpoint, save_model  # noqa: E402
 
 SQUARE = [[.2, .2], [.4, .2], [.4, .4], [.2, .4]]
 HERE, NEXT = {'x': .3, 'y': .3, 'polygon': SQUARE}, {'x': .35, 'y': .3, 'polygon': [[x + .1, y] for x, y in SQUARE]}
@@ -181,7 +182,7 @@ def checkpoint(world, tmp_path_factory):
                               dict(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=1,
                                    head_dim=16, vocab_size=1024), pooling=1, **processor.token_ids()))
     vlm.init_weights()
-    m.save_model(vlm, run / 'step000000')
+    save_model(vlm, run / 'step000000')
     processor.save(run / 'step000000')
     (run / 'latest').write_text('step000000\n')
     return run
@@ -251,7 +252,7 @@ def test_killed_and_shared_out_the_scores_are_the_same(world, checkpoint, tmp_pa
     figures = [json.loads((tmp_path / n / 'metrics.json').read_text()) for n in ('half', 'two')]
     assert figures[0]['metrics'] == figures[1]['metrics'] and figures[0]['losses'] == figures[1]['losses']
     # the loss of an untrained model is that of knowing nothing, by another way: the training loss of the same rows
-    vlm, processor, _ = data.load_checkpoint(checkpoint)
+    vlm, processor, _ = load_checkpoint(checkpoint)
     dataset = data.Dataset(world / 'shapes_text', 'validation')
     batch = data.collate([[processor.example(dataset[i], dataset.folder)] for i in range(len(dataset))], processor)
     vlm.loss_scale = 1. / batch['total_weight']
@@ -261,7 +262,7 @@ def test_killed_and_shared_out_the_scores_are_the_same(world, checkpoint, tmp_pa
 
 def test_batches_change_no_answer(world, checkpoint, monkeypatch):
     """Questions about a picture or a video together, several of these at once: the answers of each alone."""
-    vlm, processor, _ = data.load_checkpoint(checkpoint)
+    vlm, processor, _ = load_checkpoint(checkpoint)
     generator = torch.Generator().manual_seed(0)
     for p in vlm.parameters():                              # as it was initialised it says one thing for ever
         p.data += .1 * torch.randn(p.shape, generator=generator)

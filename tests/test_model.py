@@ -16,7 +16,11 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import model as m
-from model import UserError, VLM, load_model, load_weights, make_config, make_mask, save_model
+from model import UserError, VLM, make_config, make_mask
+from extra.hf import load_model, load_weights, save_model
+from extra.engine import contexts, generate, sample, uncompiled  # noqa: E402
+from extra.kernels import Segments, WeightedCrossEntropy  # noqa: E402
+from extra.hf import to_hf  # noqa: E402
 
 LOGITS = 1e-4    # measured worst case over all architectures, both directions: 1.2e-5 at logits of scale 20
 EOS = 5          # generation tests compare 64 tokens, so their prompts and seeds are such that EOS does not come
@@ -417,7 +421,7 @@ def test_save_and_load_is_exact(tmp_path):
 # Generation
 
 def generated(model, batch, n=64, **how):
-    return torch.stack(list(model.generate(batch, n, **how)), 1)                                 # [B, n]
+    return torch.stack(list(generate(model, batch, n, **how)), 1)                                 # [B, n]
 
 
 def without_cache(model, config, rows, pictures, pool_index, n=64):
@@ -479,7 +483,7 @@ def test_blocks_uncompiled_for_a_while():
     want = logits(model, batch)
     for block in model.blocks():               # as `compile` leaves it, but that nobody would miss
         block._compiled_call_impl = lambda *_, **__: 1 / 0
-    with m.uncompiled(model):
+    with uncompiled(model):
         assert torch.equal(logits(model, batch), want)
     with pytest.raises(ZeroDivisionError):
         logits(model, batch)
@@ -501,13 +505,13 @@ def test_contexts():
     """Two documents with branches, one without, padding: who answers, and what each sees."""
     document = torch.tensor([[0, 0, 0, 0, 0, 1, 1, -1], [0, 0, 0, 0, -1, -1, -1, -1]])
     branch = torch.tensor([[0, 0, 1, 1, 2, 0, 0, 0], [1, 1, 2, 3, 0, 0, 0, 0]])
-    assert m.contexts(document, branch).tolist() == [[0, 1, 2, 3], [-1, 0, 1, 4], [-1, -1, 5, 6],
+    assert contexts(document, branch).tolist() == [[0, 1, 2, 3], [-1, 0, 1, 4], [-1, -1, 5, 6],
                                                      [-1, -1, 8, 9], [-1, -1, -1, 10], [-1, -1, -1, 11]]
 
 
 def test_sampling_filters():
     scores = torch.tensor([[4., 3, 2, 1, 0]]).expand(4000, 5)
-    draw = lambda **kw: m.sample(scores, **dict(temperature=1., top_k=0, top_p=1.,  # noqa: E731
+    draw = lambda **kw: sample(scores, **dict(temperature=1., top_k=0, top_p=1.,  # noqa: E731
                                                 generator=torch.Generator().manual_seed(0)) | kw)
     freq = torch.bincount(draw(), minlength=5) / 4000
     assert difference(freq, scores[0].softmax(0)) < 0.03
@@ -552,7 +556,7 @@ def test_segments_are_the_dense_mask_and_its_gradients(monkeypatch):
     def number(low, high):
         return int(torch.randint(low, high, (), generator=generator))
     for case in range(30):
-        monkeypatch.setattr(m.Segments, 'BLOCK', 3 if case % 2 else 64)
+        monkeypatch.setattr(Segments, 'BLOCK', 3 if case % 2 else 64)
         document, branch = torch.zeros(2, 3, 40, dtype=torch.long)
         for b in range(3):
             i = 0
@@ -567,7 +571,7 @@ def test_segments_are_the_dense_mask_and_its_gradients(monkeypatch):
         shapes = ((3, 4, 40, 8), (3, 2, 40, 8), (3, 2, 40, 8))
         inputs = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
         results = []
-        for mask in (make_mask(document, branch), m.Segments(document, branch)):
+        for mask in (make_mask(document, branch), Segments(document, branch)):
             out = m.attention(*inputs, mask)
             results.append((out, *torch.autograd.grad(out.sin().sum(), inputs)))
         for dense, pieces in zip(*results):
@@ -662,21 +666,21 @@ def test_weighted_cross_entropy(chunk, z_loss):
             nll = F.cross_entropy(h @ w.T, targets, reduction='none')
             loss = ((nll + z_loss * (h @ w.T).logsumexp(1) ** 2) * weights).sum()
         else:
-            loss, nll = m.WeightedCrossEntropy.apply(h, w, targets, weights, chunk, z_loss)
+            loss, nll = WeightedCrossEntropy.apply(h, w, targets, weights, chunk, z_loss)
         (3 * loss).backward()
         results.append((loss, nll, h.grad, w.grad))
     for a, b in zip(*results):
         assert difference(a, b) < 1e-6 * a.abs().max()     # measured 3e-7
     with torch.autocast('cpu', torch.bfloat16):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss, nll = m.WeightedCrossEntropy.apply(h, w, targets, weights, chunk, z_loss)
+        loss, nll = WeightedCrossEntropy.apply(h, w, targets, weights, chunk, z_loss)
     (3 * loss).backward()
     assert h.grad.dtype == w.grad.dtype == nll.dtype == torch.float32
     for a, b in zip(results[0], (loss, nll, h.grad, w.grad)):
         assert difference(a, b) < 0.02 * a.abs().max()     # measured 0.006: eight bits of mantissa
     for which in range(2):                 # one of the two frozen
         h, w = hidden.clone().requires_grad_(which == 0), weight.clone().requires_grad_(which == 1)
-        m.WeightedCrossEntropy.apply(h, w, targets, weights, chunk, z_loss)[0].backward()
+        WeightedCrossEntropy.apply(h, w, targets, weights, chunk, z_loss)[0].backward()
         assert difference(3 * (h.grad if which == 0 else w.grad), results[0][2 + which]) < 1e-5
 
 
@@ -797,7 +801,7 @@ def test_unknown_names_and_architectures(tmp_path):
     assert 'openai/clip-vit-large-patch14-336' in said and '\n' not in said
     assert 'Qwen/Qwen3-8B' in complaint(make_config, CLIP, 'Qwen/Qwen2-0.5B')
     assert 'linear, mlp, molmo2' in complaint(lambda: tiny(connector='pixel shuffle'))
-    config = m.to_hf(tiny())
+    config = to_hf(tiny())
     config.pop('nanomolmo2')
     for change, words in (({'text_config': {'model_type': 'llama'}}, "'llama'; only qwen3"),
                           ({'model_type': 'qwen2_vl'}, "'qwen2_vl' is not llava"),

@@ -13,8 +13,10 @@ import torch.multiprocessing as mp
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from data import collate, share_rows  # noqa: E402
-from model import compile_blocks, rotary_table, saved_bytes, whole  # noqa: E402
+from data import collate  # noqa: E402
+from parallel import share_rows  # noqa: E402
+from model import compile_blocks, rotary_table, whole  # noqa: E402
+from extra.plan import saved_bytes  # noqa: E402
 from trees import PROCESSOR, batches, build, one_process, tree  # noqa: E402
 
 

@@ -27,7 +27,7 @@ from convert import CONVERTERS  # noqa: E402
 from hub import Hub  # noqa: E402
 
 import eval as evaluation  # noqa: E402
-import metrics  # noqa: E402
+from extra import metrics  # noqa: E402
 from data import Dataset, format_points, normalise  # noqa: E402
 from media import BadRow, load_image, load_video, open_media  # noqa: E402
 

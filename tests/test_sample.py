@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import model as m  # noqa: E402
+from extra.hf import load_checkpoint, load_model, save_model  # noqa: E402
 import sample  # noqa: E402
 import serve  # noqa: E402
 from media import load_video  # noqa: E402
@@ -35,7 +36,7 @@ def checkpoint(tmp_path_factory):
     vlm.init_weights()
     torch.nn.init.normal_(vlm.language_model.layers[0].mlp.down_proj.weight,   # small weights repeat the last token
                           generator=torch.Generator().manual_seed(4))
-    m.save_model(vlm, out / 'checkpoint')
+    save_model(vlm, out / 'checkpoint')
     processor.save(out / 'checkpoint')
     for name, colour in (('a', 'red'), ('b', 'blue')):
         Image.new('RGB', (120, 60), colour).save(out / f'{name}.png')
@@ -123,14 +124,14 @@ def test_a_track_is_printed_and_drawn(checkpoint, monkeypatch, capsys, tmp_path)
 def test_letters_stream_whole(checkpoint, monkeypatch):
     processor = data.Processor(checkpoint.parent / 'shapes', 32, 8, 1)
     scripted(monkeypatch, processor, 'naïve 猫 🐱')
-    pieces = list(sample.Chat(m.load_model(checkpoint), processor).ask('Hello?'))
+    pieces = list(sample.Chat(load_model(checkpoint), processor).ask('Hello?'))
     assert ''.join(pieces) == 'naïve 猫 🐱' and len(pieces) > 4 and not any('\ufffd' in p for p in pieces)
 
 
 def test_a_conversation_is_encoded_once(checkpoint, monkeypatch):
     """Turn after turn the answers are those of everything encoded anew, and no token is encoded twice but those at the
     seams; a picture that joins is seen with all before it."""
-    model, processor, _ = data.load_checkpoint(checkpoint)
+    model, processor, _ = load_checkpoint(checkpoint)
     monkeypatch.setattr(sample, 'max_new_tokens', 12)
     encoded, forward = [], m.Decoder.forward
     monkeypatch.setattr(m.Decoder, 'forward', lambda self, x, *a, **k: encoded.append(x.shape[1]) or forward(self, x, *a, **k))
@@ -165,7 +166,7 @@ def test_chat_and_json_on_the_command_line(checkpoint):
 @pytest.fixture
 def page(checkpoint, monkeypatch):
     """The address of a page whose model says three points in four pieces or more."""
-    model, processor, _ = data.load_checkpoint(checkpoint)
+    model, processor, _ = load_checkpoint(checkpoint)
     scripted(monkeypatch, processor, 'There: <point 0.25, 0.50, 1> <point 0.75, 0.50, 2>')
     talking = sample.Chat(model, processor)
     with serve.server(talking, sample.load_media, 0) as running:

@@ -16,7 +16,7 @@ import clips as shapes_clips  # noqa: E402
 import data  # noqa: E402
 import media  # noqa: E402
 import shapes  # noqa: E402
-from metrics import inside  # noqa: E402
+from extra.metrics import inside  # noqa: E402
 
 ARGS = ['--num', '60', '--num_clocks', '8', '--num_text', '20', '--num_clips', '8', '--num_validation', '60']
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import model as model_module  # noqa: E402
+from extra.hf import load_model  # noqa: E402
 import train  # noqa: E402
 
 TINY = dict(vision="{'hidden_size': 32, 'intermediate_size': 64, 'num_layers': 1, 'num_heads': 2, 'image_size': 32, "
@@ -84,7 +85,7 @@ def test_resume_is_bit_exact_twice_at_odd_steps_and_with_workers(world, uninterr
     whole, pieces = metrics(uninterrupted), metrics(tmp_path / 'out')
     assert [whole[i]['loss'] for i in range(1, 21)] == [pieces[i]['loss'] for i in range(1, 21)]
     # A test that compares hashes must know that something was learned
-    first = model_module.load_model(uninterrupted / 'step000020')
+    first = load_model(uninterrupted / 'step000020')
     start = model_module.VLM(first.config)
     start.init_weights(train.seed)
     assert not torch.equal(first.language_model.norm.weight, start.language_model.norm.weight)
@@ -329,7 +330,7 @@ def test_it_learns(world, tmp_path):
 
 def test_frozen_parts_stay_and_carry_no_state(world, tmp_path):
     run(world, tmp_path, max_steps=2, train_vision=False, train_embedding=False)
-    end = model_module.load_model(tmp_path / 'step000002')
+    end = load_model(tmp_path / 'step000002')
     fresh = model_module.VLM(end.config)
     fresh.init_weights(train.seed)
     kept = {n for n, p in end.named_parameters() if torch.equal(p, fresh.get_parameter(n))}

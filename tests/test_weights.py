@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import model as m  # noqa: E402
+from extra.hf import save_model  # noqa: E402
 from hub import Hub  # noqa: E402
 from test_prepare import environment  # noqa: E402
 
@@ -76,7 +77,7 @@ def test_a_released_molmo2_stays_as_it_is(hub, tmp_path):
     model = m.VLM(config)
     model.init_weights(1)
     folder = hub.folder / 'models/o/molmo2'
-    m.save_model(model, folder)
+    save_model(model, folder)
     told = run(hub, tmp_path, '--molmo2', 'o/molmo2', '--out', tmp_path / 'out').stdout
     assert 'as molmo2' in told
     digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
