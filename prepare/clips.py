@@ -1,248 +1,370 @@
-"""Clips of the embedded world: shapes that move, appear, vanish and pass before one another, and what one can ask.
+"""Rows with clips of the drawn world: shapes that move, appear, vanish and pass before one another.
 
-Run by prepare/shapes.py, whose shapes these are. Times are multiples of half a second and fall on frames; when a thing
-appears or which way it moves is never a matter of taste. A clip's content hash says which split it belongs to.
+    short_row   a clip of 2 to 7.5 seconds
+    long_row    a clip of 16 seconds to a minute
+
+Half of the clips have subtitles. The file frame rate is RATE; all times in questions and answers
+are multiples of half a second, so that the two frames a second which the model sees show them.
+Nothing is asked that people would answer differently: a shape moves clearly or it stays.
+
+Not in this file: how shapes are drawn and called (scenes.py), and rows of pictures (pictures.py). A
+shape of a clip has, instead of one position, a `first` and a `last` one and the seconds `start` and
+`end` at which it is there; in between it moves evenly. `still` gives a shape at one moment as
+scenes.py knows it. The hash of a clip's content decides on its split, as it does for pictures.
 """
 import os
 from fractions import Fraction
 
 import numpy as np
-from shapes import (COLOURS, KINDS, RADIUS, a_phrase, article, ask, ask_points, background, draw_shapes, held_scene,
-                    in_validation, matches, name, outline, save_picture, shade, without_outlines)
+from scenes import (COLOURS, KINDS, RADIUS, article, ask, ask_points, background, draw_shapes,
+                    enumeration, in_validation, matching, name, outline, remove_outlines,
+                    rounded, row_generator, sample_phrase, shade)
 
-RATE = 4                       # frames a second in the file; the model sees two
-# The lookahead of x264 makes files of the same frames differ now and then (8 of 1,200; none without it)
+RATE = 4                       # frames a second in the file; the model sees two of them
+# x264 is told not to look ahead, because with it 8 of 1,200 files of the same frames differed.
 ENCODER = {'preset': 'veryfast', 'crf': '20', 'x264-params': 'rc-lookahead=0:mbtree=0'}
-SIZES = ((96, 96), (112, 96), (96, 112), (128, 96))
+SIZES = ((96, 96), (112, 96), (96, 112), (128, 96))            # width and height in pixels
 WAYS = {'right': (1, 0), 'left': (-1, 0), 'down': (0, 1), 'up': (0, -1)}
 WORDS = ('apple', 'river', 'stone', 'cloud', 'lamp', 'horse', 'bread', 'glass', 'train', 'paper')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# scenes in time
+# --------------------------------------------------------------------------------------------------
+# Scenes in time
 
-def half(seconds):
+
+def to_half(seconds):
+    """Seconds rounded to a multiple of one half."""
     return round(2 * seconds) / 2
 
 
-def sample_clip(rng, low, high):
-    """Up to four shapes with no name twice: where each is first and last, when it comes and goes. `low` to `high` s."""
+def sample_clip(rng, shortest, longest):
+    """A clip of `shortest` to `longest` seconds with up to four shapes, no two of the same name.
+
+    A shape that finds no room is dropped, so a clip may be without any.
+    """
     width, height = SIZES[rng.integers(len(SIZES))]
-    duration, short, shapes = half(rng.uniform(low, high)), min(width, height), []
-    for _ in range(int(rng.integers(1, 5))):
-        colour, kind = list(COLOURS)[rng.integers(len(COLOURS))], KINDS[rng.integers(len(KINDS))]
+    short = min(width, height)
+    duration = to_half(rng.uniform(shortest, longest))
+    shapes = []
+    attempts = int(rng.integers(1, 5))
+    for _ in range(attempts):
+        colour = list(COLOURS)[rng.integers(len(COLOURS))]
+        kind = KINDS[rng.integers(len(KINDS))]
         size = 'small' if rng.random() < .55 else 'large'
         r = rng.uniform(*RADIUS[size])
-        way = str(rng.choice(list(WAYS))) if rng.random() < .7 else ''
+        way = ''
+        if rng.random() < .7:
+            way = str(rng.choice(list(WAYS)))
+        # Within this distance of a side, [x, y], the shape would reach over the picture's edge.
         margin = 1.15 * r * short / np.array([width, height])
-        first = rng.uniform(margin, 1 - margin)
-        last = first.copy()
-        if way:                              # across at least a third of the picture, and hardly to the side
-            axis = 0 if WAYS[way][0] else 1
-            ends = np.sort(rng.uniform(margin[axis], 1 - margin[axis], 2))
-            first[axis], last[axis] = ends[::sum(WAYS[way])]
-            last[1 - axis] = np.clip(first[1 - axis] + rng.uniform(-.06, .06), margin[1 - axis], 1 - margin[1 - axis])
-            if ends[1] - ends[0] < .33:
-                continue
-        dice, span = rng.random(), max(1., duration / 6)
-        start = half(rng.uniform(span, duration - span)) if dice < .35 and shapes else 0.
-        end = duration
-        if dice > .8 and shapes and duration > 3 * span:
-            end = half(rng.uniform(start + span, duration - .5))
-        near = lambda o, p, q: np.hypot(*((p - q) * (width, height))) < 1.05 * (r + o['r']) * short
-        if any((o['colour'], o['kind']) == (colour, kind) or near(o, first, o['first']) or near(o, last, o['last'])
-               for o in shapes):
-            continue                         # they may meet on the way, not at either end
-        fill = shade(colour, rng)
-        corners = np.array(outline(kind, rng.uniform(-.15, .15))) * r * short / (width, height)
-        shapes.append(dict(colour=colour, kind=kind, size=size, r=r, way=way, first=first, last=last, start=start,
-                           end=end, fill=fill, corners=corners))
+        first, last, travelled = sample_path(rng, way, margin)
+        if way and travelled < .33:            # too short to be seen as a movement
+            continue
+        start, end = sample_presence(rng, duration, is_first=not shapes)
+        o = dict(colour=colour, kind=kind, size=size, r=r, way=way, first=first, last=last,
+                 start=start, end=end)
+        if not has_room(o, shapes, width, height):
+            continue
+        o['fill'] = shade(colour, rng)
+        corners = np.array(outline(kind, rng.uniform(-.15, .15)))              # [corners, 2]
+        o['corners'] = corners * r * short / (width, height)
+        shapes.append(o)
     shapes.sort(key=lambda o: (o['start'], o['first'][0]))
     return dict(width=width, height=height, duration=duration, shapes=shapes)
 
 
+def sample_path(rng, way, margin):
+    """(first position, last position, distance along the way); without a way the shape stays."""
+    first = rng.uniform(margin, 1 - margin)
+    last = first.copy()
+    if not way:
+        return first, last, 0.
+    step_x, step_y = WAYS[way]
+    axis = 0 if step_x else 1                  # the axis along which the shape moves
+    side = 1 - axis
+    two_places = rng.uniform(margin[axis], 1 - margin[axis], 2)
+    near, far = np.sort(two_places)
+    if step_x + step_y > 0:
+        first[axis] = near
+        last[axis] = far
+    else:
+        first[axis] = far
+        last[axis] = near
+    # It hardly drifts to the side, so that the way has one name.
+    aside = first[side] + rng.uniform(-.06, .06)
+    last[side] = np.clip(aside, margin[side], 1 - margin[side])
+    return first, last, far - near
+
+
+def sample_presence(rng, duration, is_first):
+    """(start, end) in seconds. The first shape of a clip is there from beginning to end."""
+    dice = rng.random()
+    span = max(1., duration / 6)               # what happens is at least this long apart
+    start = 0.
+    if dice < .35 and not is_first:
+        start = to_half(rng.uniform(span, duration - span))
+    end = duration
+    if dice > .8 and not is_first and duration > 3 * span:
+        end = to_half(rng.uniform(start + span, duration - .5))
+    return start, end
+
+
+def has_room(o, shapes, width, height):
+    """Whether a shape has a name of its own and touches no other where it starts and where it ends.
+
+    Shapes may meet on the way.
+    """
+    short = min(width, height)
+    for other in shapes:
+        if name(o) == name(other):
+            return False
+        reach = 1.05 * (o['r'] + other['r']) * short                           # in pixels
+        for moment in ('first', 'last'):
+            dx, dy = (o[moment] - other[moment]) * (width, height)
+            if np.hypot(dx, dy) < reach:
+                return False
+    return True
+
+
 def clip_content(clip):
-    return [clip['duration'], [(o['colour'], o['kind'], o['size'], o['start'], o['end'],
-                                *np.round([*o['first'], *o['last']], 1).tolist()) for o in clip['shapes']]]
+    """What `in_validation` hashes of a clip."""
+    shapes = []
+    for o in clip['shapes']:
+        # Positions are rounded to a tenth, because shifting shapes by a few pixels changes little.
+        positions = np.round([*o['first'], *o['last']], 1).tolist()
+        shapes.append((o['colour'], o['kind'], o['size'], o['start'], o['end'], *positions))
+    return [clip['duration'], shapes]
 
 
-def held_clip(rng, split, low, high):
+def clip_of_split(rng, split, shortest, longest):
+    """The first clip drawn from `rng` that has shapes and belongs to this split."""
     while True:
-        clip = sample_clip(rng, low, high)
-        if clip['shapes'] and in_validation(clip_content(clip)) == (split == 'validation'):
+        clip = sample_clip(rng, shortest, longest)
+        if not clip['shapes']:
+            continue
+        if in_validation(clip_content(clip)) == (split == 'validation'):
             return clip
 
 
-def at(o, t):
-    """A shape as a still picture has it at second t, or None where it is not there."""
+def still(o, t):
+    """A shape with its position and polygon at second t, or None where it is not there."""
     if not o['start'] <= t <= o['end']:
         return None
-    s = (t - o['start']) / max(.5, o['end'] - o['start'])
-    x, y = o['first'] + s * (o['last'] - o['first'])
-    return dict(o, x=x, y=y, polygon=[tuple(p) for p in (o['corners'] + (x, y))])
+    seconds = max(.5, o['end'] - o['start'])
+    share = (t - o['start']) / seconds         # how much of its way the shape has gone
+    way = o['last'] - o['first']
+    x, y = o['first'] + share * way
+    polygon = [tuple(corner) for corner in o['corners'] + (x, y)]
+    return dict(o, x=x, y=y, polygon=polygon)
 
 
 def save_clip(clip, path, rng):
-    """Writes the MP4; the later shape of two that meet is in front."""
-    import av                                # only here, because a world without clips needs no PyAV
+    """Writes a clip as MP4. Of two shapes that meet, the one that came later is in front."""
+    import av                  # imported here, because a world without clips must not need PyAV
     canvas = background(clip['width'], clip['height'], rng)
-    with av.open(path, 'w') as out:
-        stream = out.add_stream('h264', rate=RATE, options=ENCODER)
-        stream.width, stream.height, stream.pix_fmt, stream.gop_size = *canvas.size, 'yuv420p', 24
+    with av.open(path, 'w') as file:
+        stream = file.add_stream('h264', rate=RATE, options=ENCODER)
+        stream.width = clip['width']
+        stream.height = clip['height']
+        stream.pix_fmt = 'yuv420p'
+        stream.gop_size = 24                   # a key frame every six seconds
+        # One thread encodes, so that the bytes do not depend on how many cores a machine has.
         stream.codec_context.thread_count = 1
         for i in range(int(clip['duration'] * RATE) + 1):
-            there = [p for p in (at(o, i / RATE) for o in clip['shapes']) if p]
-            frame = av.VideoFrame.from_image(draw_shapes(canvas, there, None))
-            frame.pts, frame.time_base = i, Fraction(1, RATE)
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode())
+            shapes = [still(o, i / RATE) for o in clip['shapes']]
+            present = [o for o in shapes if o]
+            picture = draw_shapes(canvas, present, None)
+            frame = av.VideoFrame.from_image(picture)
+            frame.pts = i
+            frame.time_base = Fraction(1, RATE)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())              # the frames that the encoder still holds
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# questions
-
-def place(o, t, **extra):
-    p = at(o, t)
-    return dict(t=t, x=round(p['x'], 4), y=round(p['y'], 4), **extra)
+# --------------------------------------------------------------------------------------------------
+# Questions
 
 
-def with_polygon(o, t, **extra):
-    return dict(place(o, t, **extra), polygon=[(round(x, 3), round(y, 3)) for x, y in at(o, t)['polygon']])
+def point(o, t, **extra):
+    """A point on a shape at second t, as an answer has it."""
+    o = still(o, t)
+    return dict(t=t, x=round(o['x'], 4), y=round(o['y'], 4), **extra)
 
 
-def seen_at(o, duration, step=.5):
-    return [t for t in np.arange(0, duration + .01, step).tolist() if o['start'] <= t <= o['end']]
+def point_with_outline(o, t, **extra):
+    polygon = rounded(still(o, t)['polygon'], 3)
+    return dict(point(o, t, **extra), polygon=polygon)
+
+
+def times_present(o, duration, step=.5):
+    """The multiples of `step` seconds at which a shape is there."""
+    times = np.arange(0, duration + .01, step).tolist()
+    return [t for t in times if o['start'] <= t <= o['end']]
 
 
 def describe(o, duration):
-    said = f'{article(name(o, size=True))}'
-    parts = [f'appears at {o["start"]:.1f} s'] if o['start'] else []
-    parts += [f'moves {o["way"]}' if o['way'] else 'stays']
-    parts += [f'vanishes at {o["end"]:.1f} s'] if o['end'] < duration else []
-    listed = parts[0] if len(parts) == 1 else ', '.join(parts[:-1]) + ' and ' + parts[-1]
-    return f'{said.capitalize()} {listed}.'
+    """A sentence on when a shape comes, what it does and when it goes."""
+    parts = []
+    if o['start']:
+        parts.append(f'appears at {o["start"]:.1f} s')
+    parts.append(f'moves {o["way"]}' if o['way'] else 'stays')
+    if o['end'] < duration:
+        parts.append(f'vanishes at {o["end"]:.1f} s')
+    subject = article(name(o, size=True))
+    return f'{subject.capitalize()} {enumeration(parts)}.'
 
 
 def motion_questions(clip):
-    """[(question, answer)] with one clear answer."""
-    shapes, duration = clip['shapes'], clip['duration']
-    out = [(f'Which way does the {name(o)} move?', o['way'] or 'it stays') for o in shapes]
-    out += [(f'When does the {name(o)} appear?', f'{o["start"]:.1f} s') for o in shapes]
-    out += [(f'When does the {name(o)} vanish?', f'{o["end"]:.1f} s' if o['end'] < duration else 'never')
-            for o in shapes]
+    """[(question, answer)], each with one right answer."""
+    shapes = clip['shapes']
+    duration = clip['duration']
+    asked = []
+    for o in shapes:
+        answer = o['way'] or 'it stays'
+        asked.append((f'Which way does the {name(o)} move?', answer))
+    for o in shapes:
+        answer = f'{o["start"]:.1f} s'
+        asked.append((f'When does the {name(o)} appear?', answer))
+    for o in shapes:
+        answer = f'{o["end"]:.1f} s' if o['end'] < duration else 'never'
+        asked.append((f'When does the {name(o)} vanish?', answer))
+    # Only what a single shape does has one right answer.
     for way in (*WAYS, ''):
-        if len(who := [o for o in shapes if o['way'] == way]) == 1:
-            out.append((f'What moves {way}?' if way else 'What stays?', article(name(who[0]))))
+        going = [o for o in shapes if o['way'] == way]
+        if len(going) == 1:
+            question = f'What moves {way}?' if way else 'What stays?'
+            asked.append((question, article(name(going[0]))))
     if len(shapes) > 1:
+        # The list is in the order of appearance; two that come together leave no answer.
         if shapes[-1]['start'] > shapes[-2]['start']:
-            out.append(('What appears last?', article(name(shapes[-1]))))
-        out.append(('How many shapes are there at the end?', str(sum(o['end'] == duration for o in shapes))))
-    return out
+            asked.append(('What appears last?', article(name(shapes[-1]))))
+        remaining = [o for o in shapes if o['end'] == duration]
+        asked.append(('How many shapes are there at the end?', str(len(remaining))))
+    return asked
 
 
 def subtitles(clip, rng):
-    """Cues, one a shape that appears and one or two more, and [(question, answer)]: what is said when."""
+    """(cues, [(question, answer)]): single words, spoken for half a second each.
+
+    A word is spoken when a shape appears, and one or two more at other times.
+    """
     late = [o for o in clip['shapes'] if o['start']]
-    more = [half(t) for t in rng.uniform(0, clip['duration'] - .5, 2)]
-    starts = sorted(list(dict.fromkeys([o['start'] for o in late] + more))[:len(late) + 1])
+    starts = [o['start'] for o in late]
+    others = rng.uniform(0, clip['duration'] - .5, 2)
+    starts += [to_half(t) for t in others]
+    starts = list(dict.fromkeys(starts))[:len(late) + 1]
+    starts.sort()
     words = rng.permutation(WORDS)
-    cues = [dict(start=t, end=min(t + .5, clip['duration']), text=str(w)) for t, w in zip(starts, words)]
-    said = {c['start']: c['text'] for c in cues}
-    asked = [(f'What is said when the {name(o)} appears?', said[o['start']]) for o in late]
-    return cues, asked + [(f'What is said at {c["start"]:.1f} s?', c['text']) for c in cues]
+    cues = []
+    for start, word in zip(starts, words):
+        end = min(start + .5, clip['duration'])
+        cues.append(dict(start=start, end=end, text=str(word)))
+
+    word_at = {cue['start']: cue['text'] for cue in cues}
+    asked = []
+    for o in late:
+        word = word_at[o['start']]
+        asked.append((f'What is said when the {name(o)} appears?', word))
+    for cue in cues:
+        question = f'What is said at {cue["start"]:.1f} s?'
+        asked.append((question, cue['text']))
+    return cues, asked
 
 
 def converse(clip, rng):
-    """The conversations of one clip: a caption, two to point to, two tracks, three questions."""
-    shapes, duration = clip['shapes'], clip['duration']
-    branches = [ask('captioning', 'Describe the video.', ' '.join(describe(o, duration) for o in shapes),
-                    objects=[[o['colour'], o['kind']] for o in shapes])]
-    phrases = list(dict.fromkeys(a_phrase(shapes, rng) for _ in range(8)))
-    for what in phrases[:2]:
-        found = [o for o in shapes if matches(o, what)]
-        points = [place(o, o['start'], id=i, moments=[with_polygon(o, t) for t in seen_at(o, duration)])
-                  for i, o in enumerate(found, start=1)]
-        branches.append(ask_points('pointing', f'Point to every {what}.', what, points))
-    step = next(s for s in (.5, 1., 2., 4., 8.) if duration / s <= 10)
-    for what in [w for w in phrases if 1 <= sum(matches(o, w) for o in shapes) <= 2][:2]:
-        found = [o for o in shapes if matches(o, what)]
-        places = [with_polygon(o, t, id=i) for t in np.arange(0, duration + .01, step).tolist()
-                  for i, o in enumerate(found, start=1) if t in seen_at(o, duration, step)]
-        if places:
-            branches.append(ask_points('tracking', f'Track every {what}, every {step:.1f} s.', what, places))
+    """The conversations of one clip: a caption, two to point to, two tracks and three questions."""
+    shapes = clip['shapes']
+    duration = clip['duration']
+    caption = ' '.join(describe(o, duration) for o in shapes)
+    objects = [[o['colour'], o['kind']] for o in shapes]
+    branches = [ask('captioning', 'Describe the video.', caption, objects=objects)]
+
+    phrases = [sample_phrase(shapes, rng) for _ in range(8)]
+    phrases = list(dict.fromkeys(phrases))
+    for phrase in phrases[:2]:
+        points = []
+        for i, o in enumerate(matching(shapes, phrase), start=1):
+            # The point is on the shape when it first appears. For scoring, moments has all others.
+            moments = [point_with_outline(o, t) for t in times_present(o, duration)]
+            points.append(point(o, o['start'], id=i, moments=moments))
+        branches.append(ask_points('pointing', f'Point to every {phrase}.', phrase, points))
+
+    # An answer has about ten times at most, so a longer clip is tracked at larger steps.
+    step = .5
+    while duration / step > 10:
+        step *= 2
+    # Only one or two shapes are tracked at a time, because the answer would else be too long.
+    trackable = []
+    for phrase in phrases:
+        if len(matching(shapes, phrase)) in (1, 2):
+            trackable.append(phrase)
+    for phrase in trackable[:2]:
+        followed = matching(shapes, phrase)
+        points = []
+        for t in np.arange(0, duration + .01, step).tolist():
+            for i, o in enumerate(followed, start=1):
+                if t in times_present(o, duration, step):
+                    points.append(point_with_outline(o, t, id=i))
+        # Between two steps a shape may come and go, so that there is nothing to track.
+        if points:
+            question = f'Track every {phrase}, every {step:.1f} s.'
+            branches.append(ask_points('tracking', question, phrase, points))
+
     asked = motion_questions(clip)
     for i in rng.permutation(len(asked))[:3]:
-        branches.append(ask('qa', *asked[i], answers=[asked[i][1]]))
+        question, answer = asked[i]
+        branches.append(ask('qa', question, answer, answers=[answer]))
     return branches
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# rows
+# --------------------------------------------------------------------------------------------------
+# Rows
 
-def clip_row(which, low, high, folder, split, i, args):
-    """One clip of `low` to `high` seconds; half of them have subtitles, in a file or in the record."""
-    rng = np.random.default_rng([args.seed, which, split == 'validation', i])
-    clip = held_clip(rng, split, low, high)
-    stem = f'{split}-{i:06d}'
-    save_clip(clip, os.path.join(folder, 'media', stem + '.mp4'), rng)
-    row = {'id': stem, 'video': f'media/{stem}.mp4', 'conversations': converse(clip, rng)}
+
+def clip_row(dataset, shortest, longest, folder, split, i, args):
+    """A clip of `shortest` to `longest` seconds. `dataset` is a number that seeds its scenes."""
+    rng = row_generator(args, dataset, split, i)
+    row_id = f'{split}-{i:06d}'
+    clip = clip_of_split(rng, split, shortest, longest)
+    save_clip(clip, os.path.join(folder, 'media', row_id + '.mp4'), rng)
+    conversations = converse(clip, rng)
+    row = {'id': row_id, 'video': f'media/{row_id}.mp4', 'conversations': conversations}
+    # Half of the clips have subtitles, and half of these have them in a file of their own.
     if rng.random() < .5:
-        row['subtitles'], asked = subtitles(clip, rng)
+        cues, asked = subtitles(clip, rng)
+        row['subtitles'] = cues
         question, answer = asked[rng.integers(len(asked))]
-        row['conversations'].append(ask('qa', question, answer, answers=[answer]))
+        conversations.append(ask('qa', question, answer, answers=[answer]))
         if rng.random() < .5:
-            with open(os.path.join(folder, 'media', stem + '.srt'), 'w') as f:
-                f.write('\n'.join(f'{n}\n{stamp(c["start"])} --> {stamp(c["end"])}\n{c["text"]}\n'
-                                  for n, c in enumerate(row['subtitles'], start=1)))
-            row['subtitles'] = f'media/{stem}.srt'
+            save_subtitles(cues, os.path.join(folder, 'media', row_id + '.srt'))
+            row['subtitles'] = f'media/{row_id}.srt'
     if split == 'train':
-        without_outlines(row['conversations'])
+        remove_outlines(conversations)
     return row
 
 
-def stamp(seconds):
-    return f'00:{int(seconds // 60):02d}:{int(seconds % 60):02d},{round(seconds % 1 * 1000):03d}'
+def save_subtitles(cues, path):
+    """Writes cues as an SRT file."""
+    blocks = []
+    for number, cue in enumerate(cues, start=1):
+        period = f'{timestamp(cue["start"])} --> {timestamp(cue["end"])}'
+        blocks.append(f'{number}\n{period}\n{cue["text"]}\n')
+    with open(path, 'w') as f:
+        f.write('\n'.join(blocks))
+
+
+def timestamp(seconds):
+    minutes = int(seconds // 60)
+    milliseconds = round(seconds % 1 * 1000)
+    return f'00:{minutes:02d}:{int(seconds % 60):02d},{milliseconds:03d}'
 
 
 def short_row(folder, split, i, args):
-    """At most 16 frames at two a second."""
+    """At two frames a second these clips have at most 16 frames."""
     return clip_row(3, 2, 7.5, folder, split, i, args)
 
 
 def long_row(folder, split, i, args):
-    """33 to 48 frames at two a second; every tenth lasts up to a minute."""
-    return clip_row(4, 16, 60 if i % 10 == 9 else 23.5, folder, split, i, args)
-
-
-def many_row(folder, split, i, args):
-    """Two or three pictures and questions across them."""
-    rng = np.random.default_rng([args.seed, 5, split == 'validation', i])
-    pictures, files = [], []
-    for n in range(int(rng.integers(2, 4))):
-        scene = held_scene(rng, split)
-        while len(scene['shapes']) > 3:
-            scene = held_scene(rng, split)
-        picture = draw_shapes(background(scene['width'], scene['height'], rng), scene['shapes'], rng)
-        files.append('media/' + save_picture(picture, os.path.join(folder, 'media', f'{split}-{i:06d}-{n}'), rng))
-        pictures.append(scene['shapes'])
-    everything = [o for shapes in pictures for o in shapes]
-    what = a_phrase(everything, rng)
-    points = [dict(image=n, x=round(o['x'], 4), y=round(o['y'], 4),
-                   polygon=[(round(x, 4), round(y, 4)) for x, y in o['polygon']])
-              for n, shapes in enumerate(pictures) for o in shapes if matches(o, what)]
-    points = [dict(p, id=k) for k, p in enumerate(points, start=1)]
-    branches = [ask_points('pointing', f'Point to every {what}.', what, points)]
-    if split == 'train':
-        without_outlines(branches)
-    once = [(name(o), n) for n, shapes in enumerate(pictures) for o in shapes
-            if sum(name(o) == name(p) for p in everything) == 1]
-    for k in rng.permutation(len(once))[:2]:
-        thing, n = once[k]
-        branches.append(ask('qa', f'Which image shows {article(thing)}?', f'Image {n + 1}', answers=[f'Image {n + 1}']))
-    n = int(rng.integers(len(pictures)))
-    counts = [len(shapes) for shapes in pictures]
-    branches.append(ask('counting', f'How many shapes are there in image {n + 1}?', str(counts[n])))
-    if counts.count(max(counts)) == 1:
-        answer = f'Image {counts.index(max(counts)) + 1}'
-        branches.append(ask('qa', 'Which image shows the most shapes?', answer, answers=[answer]))
-    return {'id': f'{split}-{i:06d}', 'images': files, 'conversations': branches}
+    """At two frames a second these clips have 33 to 48 frames; every tenth has up to 121."""
+    longest = 60 if i % 10 == 9 else 23.5
+    return clip_row(4, 16, longest, folder, split, i, args)

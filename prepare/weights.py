@@ -1,12 +1,18 @@
-"""Released weights -> a checkpoint folder to start from. Needs huggingface_hub: pip install '.[prepare]'.
+"""Released weights -> a checkpoint to start from. Needs: pip install '.[prepare]'.
 
-    python prepare/weights.py --vision openai/clip-vit-large-patch14-336 --language Qwen/Qwen3-0.6B --out weights/start
+    python prepare/weights.py --vision openai/clip-vit-large-patch14-336 \\
+        --language Qwen/Qwen3-0.6B --out weights/start
     python prepare/weights.py --molmo2 allenai/Molmo2-4B --out weights/Molmo2-4B
 
-Then train.py config/stage1.py --init_from=weights/start. Names are those of the hub, or folders. Only config, tokenizer and
-safetensors are fetched, and compared with the check sums that the hub lists. The towers' sizes are those of their
-config.json, so any CLIP or SigLIP tower and any dense Qwen3 will do. The connector starts at random, N(0, 1 / inputs) and
-biases 0 (model.py, init_weights), from --seed. All special tokens are among those that Qwen3 has.
+Then: python train.py config/stage1.py --init_from=weights/start
+
+Names are those of the hub, or folders. Any CLIP or SigLIP tower and any dense Qwen3 will do,
+because their sizes come from their config.json. Config, tokenizer and safetensors files are fetched
+and compared with the check sums that the hub lists; pickles are never opened. The connector is new,
+and init_weights in model.py draws it from --seed. No token is added, because Qwen3 has all that a
+prompt needs.
+
+Not in this file: how weights are renamed and loaded, which is in extra/hf.py.
 """
 import argparse
 import re
@@ -15,7 +21,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import httpx2 as httpx                       # huggingface_hub brings it
+import httpx2 as httpx                       # huggingface_hub depends on it, so it is installed
 import torch
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
@@ -28,108 +34,201 @@ from extra.hf import from_hf, layout, load_weights, save_model  # noqa: E402
 from extra.plan import part_table  # noqa: E402
 from table import sha256  # noqa: E402
 
-WANTED = re.compile(r'config\.json|generation_config\.json|tokenizer(_config)?\.json|chat_template\.\w+|'
-                    r'(pre)?processor_config\.json|video_preprocessor_config\.json|added_tokens\.json|'
-                    r'special_tokens_map\.json|vocab\.json|merges\.txt|[\w.-]*\.safetensors(\.index\.json)?')
+WANTED = re.compile('|'.join([               # the files of a repository that are fetched
+    r'config\.json',
+    r'generation_config\.json',
+    r'tokenizer(_config)?\.json',
+    r'chat_template\.\w+',
+    r'(pre)?processor_config\.json',
+    r'video_preprocessor_config\.json',
+    r'added_tokens\.json',
+    r'special_tokens_map\.json',
+    r'vocab\.json',
+    r'merges\.txt',
+    r'[\w.-]*\.safetensors(\.index\.json)?',
+]))
 
 
-def release(source):
-    """What the hub says of a repository, or of the pull request in which the hub's robot offers safetensors for its pickles:
-    CLIP-L/336's is never merged."""
+# --------------------------------------------------------------------------------------------------
+# Fetching
+
+def has_safetensors(info):
+    return any(file.rfilename.endswith('.safetensors') for file in info.siblings)
+
+
+def find_release(source):
+    """What the hub says of a repository, in a revision that has safetensors.
+
+    Where a release has pickles only, the hub's robot SFconvertbot offers safetensors in a pull
+    request. That is taken then, because some of them are never merged, as CLIP-L/336's.
+    """
     hub = HfApi()
-    complete = lambda info: any(s.rfilename.endswith('.safetensors') for s in info.siblings)
-    if complete(info := hub.model_info(source, files_metadata=True)):
+    info = hub.model_info(source, files_metadata=True)
+    if has_safetensors(info):
         return info
-    for offer in hub.get_repo_discussions(source, author='SFconvertbot', discussion_type='pull_request'):
-        if complete(info := hub.model_info(source, revision=offer.git_reference, files_metadata=True)):
-            print(f"{source} has pickles only; taking the safetensors of {offer.git_reference} by SFconvertbot")
+    offers = hub.get_repo_discussions(
+        source, author='SFconvertbot', discussion_type='pull_request')
+    for offer in offers:
+        revision = offer.git_reference
+        info = hub.model_info(source, revision=revision, files_metadata=True)
+        if has_safetensors(info):
+            print(f'{source} has pickles only; taking the safetensors of {revision} '
+                  'by SFconvertbot')
             return info
-    raise UserError(f"{source} has no safetensors; pickles are not opened here. Name a copy that has, or a folder")
+    raise UserError(f'{source} has no safetensors; pickles are not opened here. '
+                    'Name a copy that has, or a folder')
 
 
 def fetch(source):
-    """A folder with the wanted files of a hub repository; a folder stays as it is."""
+    """A folder with the wanted files of a hub repository. If `source` is a folder, it is returned.
+
+    Raises UserError if the hub cannot be reached or a file is not what it lists.
+    """
     if Path(source).is_dir():
         return Path(source)
     try:
-        info = release(source)
-        wanted = [s for s in info.siblings if WANTED.fullmatch(s.rfilename)]
-        print(f"{source}: {len(wanted)} of {len(info.siblings)} files, {sum(s.size or 0 for s in wanted) / 1e9:.2f} GB")
-        for s in wanted:
-            path = Path(hf_hub_download(source, s.rfilename, revision=info.sha))
-            if s.lfs and sha256(path) != s.lfs.sha256:
-                raise UserError(f"{path} is not what the hub lists (its check sum differs). Remove it and run this again")
+        info = find_release(source)
+        files = [file for file in info.siblings if WANTED.fullmatch(file.rfilename)]
+        gigabytes = sum(file.size or 0 for file in files) / 1e9
+        print(f'{source}: {len(files)} of {len(info.siblings)} files, {gigabytes:.2f} GB')
+        for file in files:
+            path = Path(hf_hub_download(source, file.rfilename, revision=info.sha))
+            # The hub lists check sums of large files only (LFS).
+            if file.lfs and sha256(path) != file.lfs.sha256:
+                raise UserError(f'{path} is not what the hub lists (its check sum differs). '
+                                'Remove it and run this again')
     except (HfHubHTTPError, httpx.HTTPError) as e:
-        raise UserError(f"{source}: {str(e).splitlines()[0]}") from None
+        first_line = str(e).splitlines()[0]
+        raise UserError(f'{source}: {first_line}') from None
     return path.parent
 
 
-def combined(name, vision, language, args):
-    """The Config of a tower, a connector and a decoder, by the config.json of the two."""
-    v, text = read_json(vision / 'config.json'), read_json(language / 'config.json')
-    v = v.get('vision_config') or v
-    kind = v.get('model_type') or ('siglip_vision_model' if 'siglip' in str(name).lower() else 'clip_vision_model')
-    config = from_hf({'model_type': 'llava', 'text_config': text, 'vision_config': {**v, 'model_type': kind},
-                      'vision_feature_layer': -1 if 'siglip' in kind else -2}, f'{vision} and {language}')
-    tower = VisionConfig(**VISION[name]) if name in VISION else config.vision
+# --------------------------------------------------------------------------------------------------
+# A model of two released parts
+
+def combined_config(vision, language, args):
+    """The Config of a vision tower and a decoder, from the config.json in their folders."""
+    tower = read_json(vision / 'config.json')
+    tower = tower.get('vision_config') or tower        # of a model with both towers
+    text = read_json(language / 'config.json')
+    kind = tower.get('model_type')
+    if not kind:                                       # old releases do not say
+        is_siglip = 'siglip' in str(args.vision).lower()
+        kind = 'siglip_vision_model' if is_siglip else 'clip_vision_model'
+
+    # LLaVA is the layout in transformers that is made of these two parts. As in LLaVA, features
+    # come from the last layer but one of CLIP; those of SigLIP come from its last layer.
+    llava = {
+        'model_type': 'llava',
+        'text_config': text,
+        'vision_config': {**tower, 'model_type': kind},
+        'vision_feature_layer': -1 if 'siglip' in kind else -2,
+    }
+    config = from_hf(llava, f'{vision} and {language}')
+    vision_config = config.vision
+    if args.vision in VISION:                          # a tower that model.py lists has its own
+        vision_config = VisionConfig(**VISION[args.vision])
     if args.recipe == 'molmo2':
-        tower = replace(tower, feature_layers=(-3, -9))
-    language = replace(config.language, tie_word_embeddings=text.get('tie_word_embeddings', False))
-    return replace(config, recipe=args.recipe, vision=tower, language=language, connector=args.connector,
-                   connector_size=0, pooling=args.pooling)
+        vision_config = replace(vision_config, feature_layers=(-3, -9))
+    is_tied = text.get('tie_word_embeddings', False)
+    language_config = replace(config.language, tie_word_embeddings=is_tied)
+    return replace(config, recipe=args.recipe, vision=vision_config, language=language_config,
+                   connector=args.connector, connector_size=0, pooling=args.pooling)
 
 
-def found(model, part, folder):
-    expected = sum(p.numel() for n, p in model.named_parameters() if n.startswith(part))
-    load_weights(model, folder, only=part)   # fills each of them or says which it cannot
+def load_part(model, part, folder):
+    """Loads the parameters whose names start with `part` and prints how many there are.
+
+    `part` is a prefix or a tuple of them. load_weights raises UserError unless it finds each.
+    """
+    expected = 0
+    for name, parameter in model.named_parameters():
+        if name.startswith(part):
+            expected += parameter.numel()
+    load_weights(model, folder, only=part)
     print(f'{folder}: {expected:,} parameters expected, {expected:,} found')
 
 
+def combine(args):
+    """Writes a checkpoint of a tower, a new connector and a decoder. Returns the model."""
+    vision = fetch(args.vision)
+    language = fetch(args.language)
+    config = combined_config(vision, language, args)
+    settings = {**train_settings(), 'pooling': args.pooling}
+    settings['image_size'] = args.image_size or config.vision.image_size
+    processor = Processor(language, patch_size=config.vision.patch_size,
+                          **processor_settings(settings))
+
+    # The model is made on the meta device, without memory, because PyTorch's own initialization
+    # would be overwritten by init_weights. set_buffers computes the constants, which no file has.
+    with torch.device('meta'):
+        model = VLM(replace(config, **processor.token_ids()))
+    model.to_empty(device='cpu')
+    model.set_buffers()
+    model.init_weights(args.seed)
+    load_part(model, 'vision_tower.', vision)
+    load_part(model, ('language_model.', 'lm_head.'), language)
+    save_model(model, args.out)
+    processor.save(args.out)
+    return model
+
+
+def copy_molmo2(args):
+    """Copies a released Molmo2 if its weights fit the model, which is returned without them."""
+    source = fetch(args.molmo2)
+    # On the meta device every tensor is read and compared, and none is kept in memory.
+    with torch.device('meta'):
+        model = VLM(from_hf(read_json(source / 'config.json'), source / 'config.json'))
+    load_part(model, '', source)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if WANTED.fullmatch(path.name):
+            shutil.copyfile(path, args.out / path.name)
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--vision', default='openai/clip-vit-large-patch14-336',
+                        help='The vision tower is this CLIP or SigLIP of the hub, or a folder.')
+    parser.add_argument('--language', default='Qwen/Qwen3-0.6B',
+                        help='The decoder is this dense Qwen3 of the hub, or a folder.')
+    parser.add_argument('--molmo2',
+                        help='This released Molmo2 is copied as it is, instead of combining parts.')
+    parser.add_argument('--out', required=True, type=Path,
+                        help='The checkpoint is written into this folder.')
+    parser.add_argument('--recipe', choices=['nano', 'molmo2'], default='nano',
+                        help='Prompts, masks and embeddings are ours (nano) or as in Molmo2.')
+    parser.add_argument('--connector', choices=['linear', 'mlp', 'molmo2'], default='linear',
+                        help='The connector between tower and decoder is of this kind.')
+    parser.add_argument('--pooling', type=int, default=2,
+                        help='A window of so many patches a side becomes one token.')
+    parser.add_argument('--image-size', type=int, default=0,
+                        help="Pictures have so many pixels a side; 0 takes the tower's size.")
+    parser.add_argument('--seed', type=int, default=1337,
+                        help='The new connector is drawn from this seed.')
+    return parser.parse_args()
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--vision', default='openai/clip-vit-large-patch14-336')
-    parser.add_argument('--language', default='Qwen/Qwen3-0.6B')
-    parser.add_argument('--molmo2', help='a released Molmo2, as it is')
-    parser.add_argument('--out', required=True, type=Path)
-    parser.add_argument('--recipe', choices=['nano', 'molmo2'], default='nano')
-    parser.add_argument('--connector', choices=['linear', 'mlp', 'molmo2'], default='linear')
-    parser.add_argument('--pooling', type=int, default=2)
-    parser.add_argument('--image-size', type=int, default=0, help="pixels a side; 0: the tower's")
-    parser.add_argument('--seed', type=int, default=1337)
-    args = parser.parse_args()
+    args = parse_arguments()
     if (args.out / 'config.json').exists():
         raise UserError(f'{args.out} has a checkpoint already; name another folder')
-    if args.molmo2:
-        source = fetch(args.molmo2)
-        with torch.device('meta'):           # every tensor is read, none is kept
-            model = VLM(from_hf(read_json(source / 'config.json'), source / 'config.json'))
-        found(model, '', source)
-        args.out.mkdir(parents=True, exist_ok=True)
-        for path in source.iterdir():
-            if WANTED.fullmatch(path.name):
-                shutil.copyfile(path, args.out / path.name)
-    else:
-        vision, language = fetch(args.vision), fetch(args.language)
-        settings = {**train_settings(), 'pooling': args.pooling}
-        config = combined(args.vision, vision, language, args)
-        settings['image_size'] = args.image_size or config.vision.image_size
-        processor = Processor(language, patch_size=config.vision.patch_size, **processor_settings(settings))
-        with torch.device('meta'):
-            model = VLM(replace(config, **processor.token_ids()))
-        model.to_empty(device='cpu')
-        model.set_buffers()
-        model.init_weights(args.seed)
-        found(model, 'vision_tower.', vision)
-        found(model, ('language_model.', 'lm_head.'), language)
-        save_model(model, args.out)
-        processor.save(args.out)
+    model = copy_molmo2(args) if args.molmo2 else combine(args)
     print('\n'.join(part_table(model)))
-    print(f"{args.out} opens in transformers as {layout(model.config)}" if layout(model.config) else
-          f'{args.out} opens here only: no native architecture expresses it')
+    architecture = layout(model.config)
+    if architecture:
+        print(f'{args.out} opens in transformers as {architecture}')
+    else:
+        print(f'{args.out} opens here only: no native architecture expresses it')
 
 
 if __name__ == '__main__':
     try:
         main()
-    except UserError as e:
+    except UserError as e:             # a mistake of the user, which is one line
         sys.exit(f'error: {e}')

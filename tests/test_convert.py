@@ -32,7 +32,7 @@ def skipped(name, row, style=''):
     return str(e.value)
 
 
-def test_captions_with_a_transcript_and_without():
+def test_caption_with_and_without_transcript():
     d = convert('caption', {'image_url': URL, 'caption': ' A wide photo. ', 'transcripts': ['so here we see', '', None]})
     assert d['images'] == [{'url': URL, 'sha256': None}] and d['key'] == URL
     assert [a for _, _, a in said(d)] == ['A wide photo.', 'so here we see']
@@ -41,7 +41,7 @@ def test_captions_with_a_transcript_and_without():
     assert skipped('caption', {'image_url': None, 'caption': 'A photo.', 'transcripts': []}) == 'no media'
 
 
-def test_text_that_is_broken_is_mended():
+def test_broken_text_is_mended():
     d = convert('qa', {'image_url': URL, 'question': b'What \xff is\0 it?', 'answer': 'A \ud800 cat'})
     assert said(d) == [('qa', 'What \ufffd is it?', 'A ? cat')]
 
@@ -82,7 +82,7 @@ def test_points_of_questions_and_of_several_pictures():
     assert said(d)[0][2] == 'It is here.' and found(d) == [(.05, .09)]
 
 
-def test_questions_of_people():
+def test_qa_tagged_qa_and_multi_image_qa():
     d = convert('qa', {'image_url': URL, 'question': 'How many cups are there?', 'answer': 'Two.'}, 'user_qa')
     assert said(d)[0][1].endswith('How many cups are there?') and said(d)[0][1] != 'How many cups are there?'
     row = {'image_url': URL, 'question': '[USER] What is this? [ASSISTANT] A pot. [USER] And that? [ASSISTANT]', 'answer': 'A cup.'}
@@ -93,7 +93,7 @@ def test_questions_of_people():
     assert len(d['images']) == 2 and said(d) == [('qa', 'Which is older?', 'The second.')]
 
 
-def test_reasons_before_answers():
+def test_explained_qa_puts_reason_before_answer():
     row = {'id': 'm1', 'images': [{'bytes': b'1'}, {'bytes': b'2'}],
            'qa_pairs': {'question': ['Total of both?'], 'explanation': ['4+5'], 'answer': ['9']}}
     task, prompt, answer = said(convert('explained_qa', row, 'cosyn_chart_exp'))[0]
@@ -102,7 +102,7 @@ def test_reasons_before_answers():
     assert skipped('explained_qa', {**row, 'images': [{'bytes': b'1'}] * 6}) == 'more than 5 images'
 
 
-def test_chat():
+def test_chat_messages_llava_and_hardcodes():
     row = {'id': 't1', 'source': 'x', 'messages': [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'Hi'},
                                                    {'role': 'assistant', 'content': 'Hello'}]}
     d = convert('messages', row)
@@ -133,13 +133,13 @@ ONE = {'image': 'COCO_train2014_1.jpg', 'question': 'What is it?', 'answers': ['
                                                'answers': [{'raw_answer': a} for a in ONE['answers']]}]},
     {'image': {'bytes': b'1'}, 'question': 'What is it?', 'answers': [{'answer': a, 'answer_id': 1} for a in ONE['answers']]},
 ])
-def test_the_most_frequent_of_ten_answers(row):
+def test_vqa_takes_most_frequent_of_ten_answers(row):
     answers = {said(convert('vqa', row, 'vqa2', seed))[0] for seed in range(20)}
     assert answers == {('qa', 'vqa2: What is it?', 'cat'), ('qa', 'vqa2: What is it?', 'dog')}
     assert len(convert('vqa', row)['conversations'][0]['answers']) == 10
 
 
-def test_other_short_answers():
+def test_vqa_other_short_answers():
     d = convert('vqa', {'image': {'bytes': b'1'}, 'query': 'Highest?', 'label': ['42'], 'human_or_machine': 0}, 'chart_qa')
     assert said(d) == [('qa', 'chart_qa: Highest?', '42')]
     d = convert('vqa', {'image': 'f.png', 'image_index': 1, 'questions': [{'question': 'Is it?', 'answer': 0}, {
@@ -178,7 +178,7 @@ CHOICES = [
 
 
 @pytest.mark.parametrize('row', CHOICES)
-def test_every_way_to_write_a_choice(row):
+def test_multiple_choice_in_every_schema(row):
     for seed in range(30):
         for style in ('video_multiple_choice', 'eval_multiple_choice'):
             (task, prompt, answer), = said(convert('choice', row, style, seed))
@@ -195,7 +195,7 @@ def test_every_way_to_write_a_choice(row):
         assert prompt.startswith('Look.\nQ?')
 
 
-def test_choices_without_a_right_one_are_left_out():
+def test_multiple_choice_without_right_option_is_skipped():
     row = {'video': 'v', 'question': 'Q?', 'options': ['no', 'yes'], 'answer': 'Dog'}
     assert skipped('choice', row) == 'no right option'     # and not D, the fourth
     assert skipped('choice', {**row, 'answer': 'D'}) == 'no right option'
@@ -204,7 +204,7 @@ def test_choices_without_a_right_one_are_left_out():
     assert options_of({'question': 'Q?', 'options': ['3', '0'], 'answer': '0'}, random.Random(0))[2] == 1    # a text, not an index
 
 
-def test_subtitles_travel_with_the_row():
+def test_subtitles_stay_with_row():
     d = convert('choice', {'video_id': 'v', 'Question': 'Q?', 'Answer': 'a', 'NegativeAnswers': ['b'],
                            'subtitle': [{'start': 1., 'end': 3.4, 'text': 'hello'}, {'start': 4, 'end': 5, 'text': ''}]})
     assert d['subtitles'] == [{'start': 1., 'end': 3.4, 'text': 'hello'}]
@@ -220,7 +220,7 @@ def test_clevrer_and_funqa():
     assert said(convert('funqa', row, ''))[0][2] == 'He falls.' and skipped('funqa', {**row, 'task': 'H1'}) == 'task'
 
 
-def test_clips():
+def test_video_captions_labels_and_moments():
     d = convert('video_caption', {'video_id': 'v1', 'video_start': 0, 'video_end': 42, 'video_caption': 'Short.', 'annotation_score': 4,
                                   'merged_caption': 'Long.', 'video_frame_merged_caption': ''})
     assert d['video'] == {'path': 'v1'} and (d['start'], d['end']) == (0, 42) and [a for *_, a in said(d)] == ['Short.', 'Long.']
@@ -234,7 +234,7 @@ def test_clips():
     assert skipped('moments', {**row, 'relevant_windows': []}) == 'windows'
 
 
-def test_parts_of_videos_and_what_is_done_in_them():
+def test_video_segments_and_actions():
     coin = {'video_id': 'v1', 'subset': 'training', 'annotation': [{'id': 1, 'label': 'cut', 'segment': [1.5, 4]}, {'label': 'mix', 'segment': [5, 9]}]}
     clips = list(CONVERTERS['segments'](coin, 'coin_label', random.Random(0)))
     assert [(c['start'], c['end'], said(c)[0][2]) for c in clips] == [(1.5, 4, 'cut'), (5, 9, 'mix')]
@@ -267,7 +267,7 @@ def test_one_bad_question_does_not_cost_the_others():
     assert len(d['conversations']) == 1 and said(d)[0][2] == 'B. b' and 'What eats grass?' in said(d)[0][1]
 
 
-def test_points_in_time():
+def test_video_points_and_their_seconds():
     row = {'video_id': 'v2', 'label': 'Dog', 'count': 2, 'points': [[{'x': 10, 'y': 20}], [{'x': 12, 'y': 25}]],
            'two_fps_timestamps': [1., 3.5], 'clip_start': 0., 'clip_end': 30.}
     d = convert('video_points', row)
@@ -312,7 +312,7 @@ def test_tracks():
     assert found(convert('track', {**TRACK, 'frame_trajectories': boxes})) == [(.1, .4)]
 
 
-def test_screens_and_masks():
+def test_box_points_masks_and_clocks():
     d = convert('box_point', {'img_filename': 's.png', 'instruction': 'Close the window', 'bbox': [10, 20, 30, 40]})
     assert found(d) == [(25, 40)] and d['conversations'][0]['box'] == [10, 20, 40, 60]
     d = convert('box_point', {'img_filename': 's.png', 'instruction': 'Close', 'bbox': [10, 20, 30, 40]}, 'user_qa corners')
@@ -328,7 +328,7 @@ def test_screens_and_masks():
     assert said(convert('clocks', {'image': {'bytes': b'1'}, 'text': 'It is 10:09.'}))[0][2] == 'It is 10:09.'
 
 
-def test_the_same_row_gives_the_same_record():
+def test_same_row_gives_same_record():
     for row in CHOICES:
         assert convert('choice', row, 'x', 5) == convert('choice', row, 'x', 5)
     assert PREFIXED & {'vqa2', 'doc_qa', 'video_short_answer'} and 'user_qa' not in PREFIXED

@@ -22,7 +22,9 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'prepare')]
-import download  # noqa: E402
+import fetch  # noqa: E402
+import sources  # noqa: E402
+import store as dataset_store  # noqa: E402
 from convert import CONVERTERS  # noqa: E402
 from hub import Hub  # noqa: E402
 
@@ -91,7 +93,7 @@ def records(folder, split='train'):
 
 # -- the table
 
-def test_every_line_of_the_table_can_be_followed():
+def test_datasets_csv_lines_are_complete():
     entries = list(csv.DictReader(open(ROOT / 'prepare/datasets.csv', newline='')))
     assert list(entries[0]) == FIELDS and len({e['name'] for e in entries}) == len(entries)
     assert sum('eval' not in e['stages'] for e in entries) >= 90
@@ -110,14 +112,14 @@ def test_every_line_of_the_table_can_be_followed():
 
 # -- media that are fine and media that are not
 
-def test_what_a_server_can_do_to_a_picture(hub):
+def test_fetcher_retries_limits_and_reasons(hub):
     hub.media['a.jpg'] = data = jpeg(0)
-    fetcher = download.Fetcher(deadline=2., pause=.05, cap=.2)
+    fetcher = fetch.Fetcher(deadline=2., pause=.05, cap=.2)
     assert all(fetcher.get(f'{hub.url}/media/{how}/a.jpg') == data for how in ('fine', 'busy', 'broken'))
 
     def why(how, **more):
         with pytest.raises(BadRow) as e:
-            download.Fetcher(**{'deadline': 2., 'pause': .05, 'cap': .2, **more}).get(f'{hub.url}/media/{how}/a.jpg')
+            fetch.Fetcher(**{'deadline': 2., 'pause': .05, 'cap': .2, **more}).get(f'{hub.url}/media/{how}/a.jpg')
         return e.value.reason
     start = time.monotonic()
     assert why('angry') == 'HTTP 429' and time.monotonic() - start < 30       # and not a day
@@ -130,23 +132,23 @@ def test_what_a_server_can_do_to_a_picture(hub):
         assert e.value.reason in (reason, 'no answer')
 
 
-def test_content_is_looked_at_and_not_its_name(hub):
-    assert download.look(jpeg(0), False)[1:] == ('jpg', (40, 30))
+def test_media_kind_comes_from_content(hub):
+    assert dataset_store.look(jpeg(0), False)[1:] == ('jpg', (40, 30))
     for data, reason in ((b'<!DOCTYPE html>', 'a web page'), (b'', 'not a picture or video'), (b'GIF89a', 'unreadable media'),
                          (jpeg(0)[:-200], 'unreadable media')):
         with pytest.raises(BadRow) as e:
-            download.look(data, False)
+            dataset_store.look(data, False)
         assert e.value.reason == reason
-    small, extension, size = download.look(jpeg(0, (400, 200)), False, max_side=100)
+    small, extension, size = dataset_store.look(jpeg(0, (400, 200)), False, max_side=100)
     assert extension == 'jpg' and size == (400, 200) and load_image(io.BytesIO(small)).size == (100, 50)
-    clip = download.encode([np.full((48, 64, 3), 60 * i, np.uint8) for i in range(4)], 2)
-    assert download.look(clip, True)[1:] == ('mp4', (64, 48))
-    smaller, *_ = download.look(clip, True, video_side=32)
+    clip = dataset_store.encode([np.full((48, 64, 3), 60 * i, np.uint8) for i in range(4)], 2)
+    assert dataset_store.look(clip, True)[1:] == ('mp4', (64, 48))
+    smaller, *_ = dataset_store.look(clip, True, video_side=32)
     times, frames = load_video(io.BytesIO(smaller), 8)
     assert frames[0].size == (32, 24) and list(times) == [0, .5, 1, 1.5]
 
 
-def test_archives_are_searched_by_path_end_and_name(tmp_path):
+def test_archives_find_by_path_end_and_name(tmp_path):
     with zipfile.ZipFile(tmp_path / 'a.zip', 'w') as z:
         z.writestr('train2014/COCO_1.jpg', b'one')
         z.writestr('frames/horse/00000.jpg', b'f0')
@@ -159,8 +161,8 @@ def test_archives_are_searched_by_path_end_and_name(tmp_path):
     (tmp_path / 'source/deep').mkdir(parents=True)
     (tmp_path / 'source/deep/c.png').write_bytes(b'three')
     with pytest.raises(tarfile.OutsideDestinationError):
-        download.Archives([tmp_path / 'b.tar.gz'])
-    a = download.Archives([tmp_path / 'a.zip', tmp_path / 'source'])
+        fetch.Archives([tmp_path / 'b.tar.gz'])
+    a = fetch.Archives([tmp_path / 'a.zip', tmp_path / 'source'])
     assert a.read('train2014/COCO_1.jpg') == a.read('COCO_1.jpg') == a.read('COCO_1') == b'one'
     assert a.read('c.png') == a.read('deep/c.png') == b'three' and a.read('horse') == [b'f0', b'f1']
     with pytest.raises(BadRow):
@@ -170,13 +172,13 @@ def test_archives_are_searched_by_path_end_and_name(tmp_path):
         (tmp_path / f'source/boat/img/{i}.jpg').write_bytes(b'%d' % i)
     with zipfile.ZipFile(tmp_path / 'source/deep/inner.zip', 'w') as z:
         z.writestr('clips/v2.mp4', b'four')
-    a = download.Archives([tmp_path / 'a.zip', tmp_path / 'source'])
+    a = fetch.Archives([tmp_path / 'a.zip', tmp_path / 'source'])
     assert a.read('boat') == [b'9', b'10'] and a.read('v2') == b'four'
     (tmp_path / 'other/deep').mkdir(parents=True)
     (tmp_path / 'other/deep/c.png').write_bytes(b'another')          # the same path: which is meant?
     (tmp_path / 'other/Annotations/horse').mkdir(parents=True)
     (tmp_path / 'other/Annotations/horse/0.png').write_bytes(b'mask')
-    a = download.Archives([tmp_path / 'a.zip', tmp_path / 'source', tmp_path / 'other'])
+    a = fetch.Archives([tmp_path / 'a.zip', tmp_path / 'source', tmp_path / 'other'])
     assert a.read('horse') == [b'f0', b'f1']
     with pytest.raises(BadRow) as e:
         a.read('c.png')
@@ -185,7 +187,7 @@ def test_archives_are_searched_by_path_end_and_name(tmp_path):
 
 # -- a whole dataset
 
-def test_a_dataset_with_dead_links_and_held_out_rows(hub, tmp_path):
+def test_dataset_with_dead_links_and_held_out_rows(hub, tmp_path):
     how = ['fine', 'gone', 'page', 'busy', 'broken', 'cut']
     rows = []
     for i in range(60):
@@ -229,7 +231,7 @@ def test_a_dataset_with_dead_links_and_held_out_rows(hub, tmp_path):
     assert 'changed: train.jsonl' in run(hub, tmp_path, '--stage', 'pretraining', '--list').stdout
 
 
-def test_killed_again_and_again_the_files_are_the_same(hub, tmp_path):
+def test_resume_after_kill_gives_same_bytes(hub, tmp_path):
     rows, wanted = [], int(os.environ.get('KILLS', 4))
     for i in range(225 * wanted):
         hub.media[f'{i}.jpg'] = jpeg(i, (16, 16))
@@ -263,7 +265,7 @@ def test_killed_again_and_again_the_files_are_the_same(hub, tmp_path):
     assert sorted(p.name for p in (tmp_path / 'data/cap').iterdir()) == sorted(p.name for p in (tmp_path / 'peace/cap').iterdir())
 
 
-def test_embedded_pictures_archives_and_what_is_fetched_by_hand(hub, tmp_path):
+def test_embedded_pictures_archives_and_manual_sources(hub, tmp_path):
     store(hub, 'o/cosyn', 'chart/train-0.parquet', [
         {'id': str(i), 'image': {'bytes': jpeg(i), 'path': None},
          'qa_pairs': {'question': ['Highest?'], 'explanation': ['Look.'], 'answer': ['4']}} for i in range(5)])
@@ -307,7 +309,7 @@ def test_embedded_pictures_archives_and_what_is_fetched_by_hand(hub, tmp_path):
     source = tmp_path / 'data/mine/source'
     source.mkdir(parents=True)
     (source / 'train.csv').write_text('video,question,answer,start,end\nv1,What?,A cat.,0,1\nv9,Who?,Nobody.,0,1\nv1,And then?,It sleeps.,1,2\n')
-    (source / 'v1.mp4').write_bytes(download.encode([np.zeros((32, 32, 3), np.uint8)] * 4, 2))
+    (source / 'v1.mp4').write_bytes(dataset_store.encode([np.zeros((32, 32, 3), np.uint8)] * 4, 2))
     run(hub, tmp_path, '--datasets', 'mine')
     first, then = records(tmp_path / 'data/mine')
     assert [r['conversations'][0]['messages'][1]['content'] for r in (first, then)] == ['A cat.', 'It sleeps.']
@@ -316,7 +318,7 @@ def test_embedded_pictures_archives_and_what_is_fetched_by_hand(hub, tmp_path):
     assert 'Ask for it' in told and 'chart' not in told
 
 
-def test_a_picture_with_many_conversations_is_fetched_and_stored_once(hub, tmp_path):
+def test_picture_with_many_conversations_is_fetched_once(hub, tmp_path):
     hub.media['a.jpg'], hub.media['b.jpg'] = jpeg(0), jpeg(1)
     store(hub, 'o/qa', 'train.parquet', [{'image_url': f'{hub.url}/media/fine/{"ba"[i % 40 < 39]}.jpg', 'question': f'What {i}?', 'answer': 'This.'}
                                          for i in range(40)])
@@ -348,7 +350,7 @@ def test_mistakes_are_one_line(hub, tmp_path):
     assert 'no such dataset: x' in run(hub, tmp_path, '--datasets', 'x', code=1).stderr
 
 
-def test_tables_of_every_kind_with_broken_bytes(tmp_path):
+def test_tables_of_every_format_and_broken_bytes(tmp_path):
     (tmp_path / 'a.jsonl').write_bytes(b'{"a": "x\xff"}\n\n{broken\n')
     (tmp_path / 'a.json').write_text('{"data": [{"a": 1}]}')
     (tmp_path / 'b.json').write_text('{"v1": {"a": 2}}')
@@ -359,11 +361,11 @@ def test_tables_of_every_kind_with_broken_bytes(tmp_path):
     (tmp_path / 'd.json').write_text('{"database": {"v1": {"subset": "training"}, "v2": {"subset": "testing"}}}')
     (tmp_path / 'b.jsonl').write_text('["q", "a"]\n["Q", 2]\n\n["R", 3]\n')
     (tmp_path / 'a.txt').write_text('V1 0.0 6.9##a person sits.\n')
-    read = lambda name: list(download.rows(tmp_path / name))
+    read = lambda name: list(sources.rows(tmp_path / name))
     assert read('a.jsonl') == [{'a': 'x\ufffd'}, {}] and read('a.json') == [{'a': 1}] and read('b.json') == [{'video_id': 'v1', 'a': 2}]
     assert read('b.csv') == [{'gif_name': 'x', 'question': 'What, how?'}] and read('a.txt') == [{'line': 'V1 0.0 6.9##a person sits.'}]
     assert read('c.json') == [{'imageName': '0.png', 'questions': {'Q': {'correctAnswer': 1}}}]
-    assert list(download.rows(tmp_path / 'd.json', 'training')) == [{'video_id': 'v1', 'subset': 'training'}]
+    assert list(sources.rows(tmp_path / 'd.json', 'training')) == [{'video_id': 'v1', 'subset': 'training'}]
     assert read('b.jsonl') == [{'q': 'Q', 'a': 2}, {'q': 'R', 'a': 3}]
     assert read('a.tsv') == [{'a': '1', 'b': '2'}] and read('a.csv')[0]['5'] == 'Q?'
     broken = pyarrow.StringArray.from_buffers(
@@ -453,67 +455,115 @@ def miniature(entry, hub, i):
     return row
 
 
-def offer(entry, hub):
-    """Puts a miniature of a dataset where its line says that it is; returns its line with the addresses of our hub."""
-    e, clip = dict(entry), download.encode([np.full((48, 64, 3), 60 * i, np.uint8) for i in range(4)], 2)
-    inside = {'videos/clip.mp4': clip, 'selected_masks/mask.png': png(np.full((30, 40), 255, np.uint8) * (np.arange(30)[:, None] < 25))} | {f'train2014/mini_{i}.jpg': jpeg(i) for i in range(4)}
-    inside |= {f'frames/horse/{i:05d}.jpg': jpeg(i) for i in range(4)} | {f'png/{i}.png': jpeg(i) for i in range(4)}
-    if e['name'] == 'tabmwp-da':             # the name is the place
-        inside = {f'{i}.png': jpeg(i) for i in range(4)}
-    if 'MeViS' in e['media'] or e['name'].startswith('lasot'):        # as they are: a tar in the zip, folders "img"
-        frames = {f'train/{"JPEGImages/horse" if "MeViS" in e["media"] else "horse/img"}/{i:05d}.jpg': jpeg(i) for i in range(4)}
-        inside = frames
-        if 'MeViS' in e['media']:
-            with tarfile.open(fileobj=(tar := io.BytesIO()), mode='w') as t:
-                for name, data in frames.items():
-                    (info := tarfile.TarInfo(name)).size = len(data)
-                    t.addfile(info, io.BytesIO(data))
-            inside = {'MeViS_release/train/JPEGImages.tar': tar.getvalue()}
-    places = {}
-    for split, _ in download.splits(e):
+def table_text(path, entry, rows):
+    """A table as a file of that name would hold it, in the form that the published one has."""
+    if path.endswith('.jsonl'):
+        return '\n'.join(map(json.dumps, rows))
+    if path.endswith('.txt'):
+        return '\n'.join(row['line'] for row in rows)
+    content = rows
+    if 'perception' in entry['name']:
+        content = {'clip': rows[0]}
+    elif entry['name'] in ('tomato', 'tabmwp-da'):
+        content = {f'{i}': row for i, row in enumerate(rows)}
+    elif 'image_index' in rows[0]:
+        content = {'qa_pairs': rows}
+    return json.dumps(content)
+
+
+def archive_members(entry, clip):
+    """{path: bytes} of the files in a dataset's archive, with the paths of the published one."""
+    pictures = [jpeg(i) for i in range(4)]
+    frames = {}
+    if 'MeViS' in entry['media']:              # a tar in the zip
+        tar = io.BytesIO()
+        with tarfile.open(fileobj=tar, mode='w') as t:
+            for i, data in enumerate(pictures):
+                info = tarfile.TarInfo(f'train/JPEGImages/horse/{i:05d}.jpg')
+                info.size = len(data)
+                t.addfile(info, io.BytesIO(data))
+        return {'MeViS_release/train/JPEGImages.tar': tar.getvalue()}
+    if entry['name'].startswith('lasot'):      # its folders of frames are called img
+        for i, data in enumerate(pictures):
+            frames[f'train/horse/img/{i:05d}.jpg'] = data
+        return frames
+    if entry['name'] == 'tabmwp-da':           # a picture's name is the problem's number
+        return {f'{i}.png': data for i, data in enumerate(pictures)}
+    upper_rows = np.arange(30)[:, None] < 25
+    members = {'videos/clip.mp4': clip,
+               'selected_masks/mask.png': png(np.full((30, 40), 255, np.uint8) * upper_rows)}
+    for i, data in enumerate(pictures):
+        members[f'train2014/mini_{i}.jpg'] = data
+        members[f'frames/horse/{i:05d}.jpg'] = data
+        members[f'png/{i}.png'] = data
+    return members
+
+
+def offer_tables(e, hub, inside):
+    """Puts a dataset's tables where its line says that they are, maybe into `inside`, its archive."""
+    for split, _ in sources.splits(e):
         rows = [miniature(e, hub, i) for i in range(4)]
-        whole = {'clip': rows[0]} if 'perception' in e['name'] else {f'{i}': r for i, r in enumerate(rows)} if e['name'] in ('tomato', 'tabmwp-da') else \
-            {'qa_pairs': rows} if 'image_index' in rows[0] else rows
-        write = lambda path: '\n'.join(map(json.dumps, rows)) if path.endswith('.jsonl') else '\n'.join(r['line'] for r in rows) \
-            if path.endswith('.txt') else json.dumps(whole)
         where = e['tables'].replace('{split}', split)
         if not where:
             store(hub, e['hub'], f"{e['config'] or 'data'}/{split}-00000.parquet", rows)
-        elif where.startswith('inside:'):
-            inside[where.removeprefix('inside:').replace('*', 'x/')] = write(where).encode()
-        else:
-            for i, place in enumerate(where.split()):
-                http = place.startswith('http')
-                path = f"{e['name']}-{split}-{i}{Path(place).suffix}" if http else place.replace('*', f'-{i}-mini-')
-                path = hub.folder / ('tables' if http else f"datasets/{e['hub']}") / path
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(write(place))
+            continue
+        if where.startswith('inside:'):
+            pattern = where.removeprefix('inside:')
+            inside[pattern.replace('*', 'x/')] = table_text(where, e, rows).encode()
+            continue
+        for i, place in enumerate(where.split()):
+            if place.startswith('http'):
+                path = hub.folder / 'tables' / f"{e['name']}-{split}-{i}{Path(place).suffix}"
+            else:
+                path = hub.folder / f"datasets/{e['hub']}" / place.replace('*', f'-{i}-mini-')
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(table_text(place, e, rows))
+
+
+def offer(entry, hub):
+    """Puts a miniature of a dataset where its line says that it is; returns its line with the addresses of our hub."""
+    e = dict(entry)
+    clip = dataset_store.encode([np.full((48, 64, 3), 60 * i, np.uint8) for i in range(4)], 2)
+    inside = archive_members(e, clip)
+    offer_tables(e, hub, inside)
     if e['tables'].startswith('http'):
-        e['tables'] = ' '.join(f"{hub.url}/cdn/tables/{e['name']}-{{split}}-{i}{Path(place).suffix}" for i, place in enumerate(e['tables'].split()))
+        urls = []
+        for i, place in enumerate(e['tables'].split()):
+            urls.append(f"{hub.url}/cdn/tables/{e['name']}-{{split}}-{i}{Path(place).suffix}")
+        e['tables'] = ' '.join(urls)
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, 'w') as z:
         for name, data in inside.items():
             z.writestr(name, data)
+
+    places = {}                                # what `media` will say -> (file, its bytes)
     for place in e['media'].split():
-        data = b'PK\x05\x06' + bytes(18) if places else archive.getvalue()         # the others are empty
-        plain = place.startswith('hub:') and place.endswith(('.mp4', 'videos/*'))
-        data = clip if plain else data
+        data = archive.getvalue()
+        if places:                             # all archives but the first are empty
+            data = b'PK\x05\x06' + bytes(18)
         if place.startswith('http'):
             path = hub.folder / 'zips' / f"{e['name']}-{len(places)}.zip"
             places[f'{hub.url}/cdn/zips/{path.name}'] = path, data
-        elif place.startswith(('hub:', 'parts:')):
-            kind, repo, pattern = place.split(':')
-            name = ('horse_extra.mp4' if 'ViCaS' in place else 'clip.mp4') if plain else 'mini.zip'
-            pattern = re.sub(r'\*[^/]*$', '*', pattern)     # a zip by whatever name
+        elif place.startswith('parts:'):
+            _, repo, pattern = place.split(':')
+            pattern = re.sub(r'\*[^/]*$', '*', pattern)
             root = hub.folder / 'datasets' / repo
-            if kind == 'parts':
-                places[f'{place}'] = root / pattern.replace('*', 'a'), data[:500]
-                places[f'{place} '] = root / pattern.replace('*', 'b'), data[500:]
-            else:
-                places[f'hub:{repo}:{pattern}'] = root / pattern.replace('*', name if pattern.endswith('*') else 'mini', 1).replace('*', name), data
+            places[f'{place}'] = root / pattern.replace('*', 'a'), data[:500]
+            places[f'{place} '] = root / pattern.replace('*', 'b'), data[500:]
+        elif place.startswith('hub:'):
+            _, repo, pattern = place.split(':')
+            name = 'mini.zip'
+            if place.endswith(('.mp4', 'videos/*')):           # videos that are in no archive
+                name = 'horse_extra.mp4' if 'ViCaS' in place else 'clip.mp4'
+                data = clip
+            pattern = re.sub(r'\*[^/]*$', '*', pattern)        # a zip by whatever name
+            folder = name if pattern.endswith('*') else 'mini'
+            path = pattern.replace('*', folder, 1).replace('*', name)
+            places[f'hub:{repo}:{pattern}'] = hub.folder / 'datasets' / repo / path, data
         elif place.startswith('subtitles:'):
-            root, name = hub.folder / 'datasets' / place.split(':')[1], place.split(':')[2]
-            places[place] = root / name, b'{"clip": {"0": {"start": 0, "end": 1, "text": "Hey"}}}'
+            _, repo, name = place.split(':')
+            cues = b'{"clip": {"0": {"start": 0, "end": 1, "text": "Hey"}}}'
+            places[place] = hub.folder / 'datasets' / repo / name, cues
         else:
             places[place] = None, b''
     for path, data in places.values():
@@ -523,7 +573,7 @@ def offer(entry, hub):
     return {**e, 'media': ' '.join(dict.fromkeys(map(str.strip, places)))}
 
 
-def test_from_the_hub_to_five_steps_of_both_stages(hub, tmp_path):
+def test_all_datasets_from_hub_to_training_steps(hub, tmp_path):
     entries = [e for e in csv.DictReader(open(ROOT / 'prepare/datasets.csv', newline='')) if e['automatic'] == 'yes']
     for i in range(5):
         hub.media[f'{i}.jpg'] = jpeg(i)

@@ -15,6 +15,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'prepare')]
 import clips as shapes_clips  # noqa: E402
 import data  # noqa: E402
 import media  # noqa: E402
+import pictures as shapes_pictures  # noqa: E402
+import scenes  # noqa: E402
 import shapes  # noqa: E402
 from extra.metrics import inside  # noqa: E402
 
@@ -41,7 +43,7 @@ def rows(world, dataset, split):
     return [json.loads(line) for line in (world / dataset / f'{split}.jsonl').read_text().splitlines()]
 
 
-def test_bytes_depend_on_the_seed_alone(world, tmp_path):
+def test_same_seed_gives_same_bytes_with_any_number_of_workers(world, tmp_path):
     assert make(tmp_path / 'two', '--workers', '2').returncode == 0
     assert files(tmp_path / 'two') == files(world)
     assert make(tmp_path / 'other', '--workers', '1', '--seed', '1').returncode == 0
@@ -56,21 +58,21 @@ def test_rerun_does_nothing_and_other_arguments_need_force(world):
     assert before == {p: p.stat().st_mtime_ns for p in world.rglob('*.jsonl')}
 
 
-def test_an_interrupted_run_leaves_nothing_that_looks_whole(tmp_path):
+def test_interrupted_run_leaves_no_complete_folder(tmp_path):
     script = "import shapes, sys; shapes.text_row = None; sys.argv = ['shapes.py', *sys.argv[1:]]; shapes.main()"
     done = subprocess.run([sys.executable, '-c', script, '--out', str(tmp_path), *ARGS], cwd=ROOT / 'prepare', capture_output=True)
     assert done.returncode != 0 and not (tmp_path / 'shapes').exists()
     assert make(tmp_path).returncode == 0 and not list(tmp_path.glob('*.tmp'))
 
 
-def test_splits_share_no_scene_and_no_description(world):
+def test_train_and_validation_share_no_scene_or_description(world):
     def places(split):
         return {(p['x'], p['y']) for r in rows(world, 'shapes', split) for c in r['conversations'] for m in c['messages']
                 for p in m.get('points', {}).get('points', [])}
     rng = np.random.default_rng(0)
     for _ in range(50):
-        content = shapes.scene_content(shapes.sample_scene(rng))
-        assert shapes.in_validation(content) == shapes.in_validation(json.loads(json.dumps(content)))
+        content = scenes.scene_content(scenes.sample_scene(rng))
+        assert scenes.in_validation(content) == scenes.in_validation(json.loads(json.dumps(content)))
     told = {split: {row['conversations'][0]['messages'][0]['content'].split('. ')[0] for row in rows(world, 'shapes_text', split)}
             for split in ('train', 'validation')}
     assert told['train'] and told['validation'] and not told['train'] & told['validation']
@@ -79,20 +81,20 @@ def test_splits_share_no_scene_and_no_description(world):
 
 def nearest_colour(picture, x, y):
     pixel = np.array(picture.getpixel((int(x * picture.width), int(y * picture.height))))
-    return min(shapes.COLOURS, key=lambda c: np.abs(pixel - shapes.COLOURS[c]).sum())
+    return min(scenes.COLOURS, key=lambda c: np.abs(pixel - scenes.COLOURS[c]).sum())
 
 
 def scene_of(i):
     """Row i of validation, drawn again from its random numbers."""
-    scene = shapes.held_scene(np.random.default_rng([0, 0, True, i]), 'validation')
+    scene = scenes.scene_of_split(np.random.default_rng([0, 0, True, i]), 'validation')
     return [{'x': round(o['x'], 4), 'y': round(o['y'], 4), 'polygon': o['polygon']} for o in scene['shapes']]
 
 
-def test_every_answer_is_true_of_its_picture(world):
+def test_answers_are_true_of_picture(world):
     asked = set()
     for i, row in enumerate(rows(world, 'shapes', 'validation')):
         picture = Image.open(world / 'shapes' / row['images'][0])
-        assert picture.format in ('PNG', 'JPEG') and picture.size in shapes.CANVASES
+        assert picture.format in ('PNG', 'JPEG') and picture.size in scenes.CANVASES
         conversations = {}
         for c in row['conversations']:
             conversations.setdefault(c['task'], []).append((c['messages'][0]['content'], c['messages'][-1], c))
@@ -111,7 +113,7 @@ def test_every_answer_is_true_of_its_picture(world):
             assert [(p['x'], p['y']) for p in m['points']['points']] == [(p['x'], p['y']) for p in meant(m['points']['label'])]
         for q, m, _ in conversations['counting']:
             many = re.match(r'How many (.*) are there', q)[1]
-            what = next(w for w in (many[:-2], many[:-1]) if shapes.plural(w) == many)
+            what = next(w for w in (many[:-2], many[:-1]) if shapes_pictures.plural(w) == many)
             assert int(m['content']) == len(meant(what)), q
         for q, m, _ in conversations['qa']:
             asked.add(q.split()[0] + q.split()[1])
@@ -131,14 +133,14 @@ def test_every_answer_is_true_of_its_picture(world):
     assert len(asked) >= 4
 
 
-def test_clocks_show_the_time_they_say(world):
+def test_clock_answers_agree_with_each_other(world):
     for row in rows(world, 'clocks', 'train'):
         hour, minute = row['conversations'][0]['messages'][-1]['content'].split(':')
         assert row['conversations'][1]['messages'][-1]['content'] == hour
         assert int(row['conversations'][2]['messages'][-1]['content']) == int(minute)
 
 
-def test_every_answer_is_true_of_its_clip(world):
+def test_answers_are_true_of_clip(world):
     """The frames say where things are, which way they move, when they come and go; subtitles what is said."""
     hits, asked, kinds, ways = [], set(), set(), set()
     for name in ('clips', 'long_clips'):
@@ -151,7 +153,7 @@ def test_every_answer_is_true_of_its_clip(world):
                                                caption.split('. '), strict=True)}
             for c in row['conversations'][1:]:
                 points = (c['messages'][-1].get('points') or {}).get('points', [])
-                colour = next(iter(set((c['messages'][-1].get('points') or {}).get('label', '').split()) & set(shapes.COLOURS)), None)
+                colour = next(iter(set((c['messages'][-1].get('points') or {}).get('label', '').split()) & set(scenes.COLOURS)), None)
                 for p in [moment for point in points for moment in point.get('moments', [point])]:
                     assert inside(p['x'], p['y'], p['polygon']) and 0 <= p['t'] <= duration
                     if colour:               # what another shape hides just then may show that one's colour
@@ -183,28 +185,28 @@ def test_every_answer_is_true_of_its_clip(world):
     assert np.mean(hits) > .93 and len(hits) > 100 and len(asked) >= 5 and kinds == {'one', 'several'} and len(ways) > 2
 
 
-def test_splits_share_no_clip():
+def test_train_and_validation_share_no_clip():
     clips = [shapes_clips.sample_clip(np.random.default_rng(i), 2, 8) for i in range(200)]
-    split = [shapes.in_validation(shapes_clips.clip_content(c)) for c in clips if c['shapes']]
+    split = [scenes.in_validation(shapes_clips.clip_content(c)) for c in clips if c['shapes']]
     assert .05 < np.mean(split) < .25
     for clip in clips:
         content = shapes_clips.clip_content(clip)
-        assert shapes.in_validation(content) == shapes.in_validation(json.loads(json.dumps(content)))
+        assert scenes.in_validation(content) == scenes.in_validation(json.loads(json.dumps(content)))
         assert len({(o['colour'], o['kind']) for o in clip['shapes']}) == len(clip['shapes'])
 
 
-def test_every_answer_is_true_of_several_pictures(world):
+def test_answers_are_true_of_several_pictures(world):
     for row in rows(world, 'shapes_many', 'validation'):
         pictures = [Image.open(world / 'shapes_many' / path).convert('RGB') for path in row['images']]
         assert len(pictures) in (2, 3)
         for p in row['conversations'][0]['messages'][-1]['points']['points']:
             assert inside(p['x'], p['y'], p['polygon'])
-            colours = set(row['conversations'][0]['messages'][-1]['points']['label'].split()) & set(shapes.COLOURS)
+            colours = set(row['conversations'][0]['messages'][-1]['points']['label'].split()) & set(scenes.COLOURS)
             assert not colours or nearest_colour(pictures[p['image']], p['x'], p['y']) in colours
 
 
 @pytest.mark.parametrize('dataset', ['shapes', 'clocks', 'shapes_text', 'clips', 'long_clips', 'shapes_many'])
-def test_every_row_becomes_an_example(world, dataset):
+def test_every_row_becomes_a_training_example(world, dataset):
     processor = data.Processor(world / 'shapes', 64, 8, 2, 2048, point_digits=2, max_frames=48)
     for split in ('train', 'validation'):
         rows = data.Dataset(world / dataset, split)
@@ -213,7 +215,7 @@ def test_every_row_becomes_an_example(world, dataset):
             assert max(example.branches) == len(rows[i]['conversations']) and sum(example.weights) > 0
 
 
-def test_tokenizer(world):
+def test_tokenizer_round_trip_and_coordinate_tokens(world):
     tokenizer = Tokenizer.from_file(str(world / 'shapes' / 'tokenizer.json'))
     for text in ('naïve 猫 🐱\n\t"', 'a large red circle', '<point 0.37, 1.00, 2>', 'x' * 300):
         assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
@@ -221,6 +223,6 @@ def test_tokenizer(world):
     assert [tokenizer.token_to_id(t) for t in shapes.SPECIAL_TOKENS] == list(range(len(shapes.SPECIAL_TOKENS)))
 
 
-def test_the_picture_that_the_makefile_asks_about_exists(world):
+def test_picture_named_in_makefile_and_readme_exists(world):
     named = re.findall(r'data/(shapes/media/[\w.-]+)', (ROOT / 'Makefile').read_text() + (ROOT / 'README.md').read_text())
     assert named and all((world / path).exists() for path in named)

@@ -48,7 +48,7 @@ def run(hub, tmp_path, *args, code=0):
     return done
 
 
-def test_a_tower_and_a_decoder_become_a_checkpoint(hub, tmp_path):
+def test_tower_and_decoder_become_checkpoint(hub, tmp_path):
     out = tmp_path / 'start'
     told = run(hub, tmp_path, '--vision', 'o/clip', '--language', 'o/qwen3', '--pooling', 1, '--connector', 'mlp', '--out', out).stdout
     assert 'LlavaForConditionalGeneration' not in told and 'as llava' in told and 'parameters expected' in told
@@ -68,7 +68,7 @@ def test_a_tower_and_a_decoder_become_a_checkpoint(hub, tmp_path):
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-def test_a_released_molmo2_stays_as_it_is(hub, tmp_path):
+def test_released_molmo2_is_copied_unchanged(hub, tmp_path):
     config = m.make_config(dict(hidden_size=32, intermediate_size=64, num_layers=3, num_heads=2, image_size=28, patch_size=14,
                                 style='siglip', feature_layers=(-1, -2)),
                            dict(hidden_size=48, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
