@@ -5,16 +5,18 @@
     python bench.py --data                     pictures and video frames a second and core, seeking beside decoding all
     python bench.py --packing=config/demo_stage2.py      how full rows are; useful tokens a second beside padding the
                                                same examples; share of a step that reading takes; --key=value too
-    python bench.py --step=config/stage3.py    a training step at full size on this device, random weights and full rows:
-                                               tokens a second, MFU, peak memory beside what model.py says; --key=value
-    python bench.py --gpu --seconds=210        what a GPU makes of all this, a line of JSON a finding (extra/gpu_bench.py)
+    python bench.py --step=config/stage3.py    a training step at full size on this device, random weights and full
+                                               rows: tokens a second, MFU, peak memory beside the estimate; --key=value
+    python bench.py --gpu --seconds=210        what a GPU makes of all this, a line of JSON a finding
+                                               (extra/gpu_bench.py)
     options: --size=tiny,small  --what=train,generate  --repeats=5  --threads=N  --seed=0
 
-The peer is LlavaForConditionalGeneration with its best plain settings: SDPA attention, fused AdamW, no attention mask
-where no row is padded, logits for the text alone. Both sides hold identical float32 weights, get the same pictures and
-the same text, and train every parameter; runs alternate (ours, theirs, ours, ...) and the medians are compared, so that
-another load on the machine falls on both. Losses and generated tokens are compared too: a bench of two different
-computations is worth nothing.
+The peer is LlavaForConditionalGeneration with its best plain settings: SDPA attention, fused AdamW,
+no attention mask where no row is padded, logits for the text alone. Both sides hold identical
+float32 weights, get the same pictures and the same text, and train every parameter. Runs alternate
+(ours, theirs, ours, ...) and the medians are compared, so that another load on the machine falls on
+both. Losses and generated tokens are compared too, because a bench of two different computations is
+worth nothing.
 """
 import argparse
 import io
@@ -34,14 +36,14 @@ import torch
 from PIL import Image
 
 import train
-from configurator import configure, train_settings
-from data import Example, Rows, collate, next_row, open_mixture, to_device, windows
-from extra.hf import make_processor
+from configurator import UserError, configure, train_settings
+from data import Example, ExampleDataset, collate, next_row, open_mixture, pooling_windows
+from extra.engine import generate
+from extra.hf import make_processor, save_model
+from extra.kernels import PackedTreeAttention, block_mask, compile_blocks
+from extra.plan import flops, memory_estimate, peak_flops, planned_model
 from media import load_image, load_video, pyav
-from model import VLM, UserError, attention, compile_blocks, make_config, make_mask, pick_device, pick_dtype
-from extra.kernels import Segments
-from extra.plan import memory_estimate, planned_model
-from extra.hf import save_model
+from model import VLM, Batch, attention, dense_mask, make_config, pick_device, pick_dtype
 
 SIZES = {   # a ViT and a decoder from scratch; `tiny` is near the demo's, `small` the largest that a laptop trains
     'tiny': (dict(hidden_size=128, intermediate_size=512, num_layers=5, num_heads=4, image_size=64, patch_size=8),
@@ -57,24 +59,74 @@ NEW_TOKENS = 256       # of a generation
 PROMPT = 32            # text tokens after the picture of a generation
 
 
+# --------------------------------------------------------------------------------------------------
+# Timing
+
+def interleave(runs, repeats):
+    """Medians of the seconds of each run, taken in turns after one warm-up each, and what the
+    warm-ups returned."""
+    first = [run() for run in runs]
+    seconds = [[] for _ in runs]
+    for _ in range(repeats):
+        for times, run in zip(seconds, runs):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in seconds], first
+
+
+def commit():
+    here = Path(__file__).parent
+    command = ['git', '-C', here, 'describe', '--always', '--dirty']
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or 'unknown'
+
+
+def processor():
+    """The name of the machine's processor, or of its GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    info = Path('/proc/cpuinfo')
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith('model name'):
+                name = line.split(':')[1].strip()
+                break
+    return f'{name}, {os.cpu_count()} cores'
+
+
+def print_row(cells):
+    widths = (5, 22, 14, 14, 7, 22)
+    print('| ' + ' | '.join(str(cell).rjust(width) for cell, width in zip(cells, widths)) + ' |', flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training and generation, alone or beside transformers
+
 def make_batch(config, rows, text, seed=0):
-    """Rows of one picture followed by `text` random tokens, all but the first of them learnt."""
+    """(Batch of rows of one picture followed by `text` random tokens, all but the first of them
+    learnt; the pictures [rows, 3, height, width] as transformers takes them)."""
     generator = torch.Generator().manual_seed(seed)
-    grid, p = config.vision.image_size // config.vision.patch_size, config.vision.patch_size
+    p = config.vision.patch_size
+    grid = config.vision.image_size // p
     visual = grid * grid
     L = visual + text
     tokens = torch.full((rows, L), config.image_token_id)
     tokens[:, visual:] = torch.randint(16, config.language.vocab_size, (rows, text), generator=generator)
     pictures = torch.randint(0, 256, (rows, 3, grid * p, grid * p), dtype=torch.uint8, generator=generator)
-    patches = pictures.view(rows, 3, grid, p, grid, p).permute(0, 2, 4, 3, 5, 1).reshape(rows, visual, -1)
+    patches = pictures.view(rows, 3, grid, p, grid, p).permute(0, 2, 4, 3, 5, 1)     # [rows, grid, grid, p, p, 3]
     weights = torch.zeros(rows, L)
     weights[:, visual:-1] = 1
-    positions = torch.arange(L).expand(rows, L)
-    return dict(tokens=tokens, targets=tokens.roll(-1, 1), loss_weights=weights, position_ids=positions, causal=True,
-                document_ids=torch.zeros_like(tokens), branch_ids=torch.zeros_like(tokens), grid=(grid, grid),
-                patches=patches.contiguous(), pool_index=torch.arange(rows * visual)[:, None],
-                visual_index=(tokens == config.image_token_id).flatten().nonzero()[:, 0],
-                loss_index=weights.flatten().nonzero()[:, 0]), pictures
+    loss_index = weights.flatten().nonzero()[:, 0]
+    batch = Batch(
+        tokens=tokens, targets=tokens.roll(-1, 1), loss_weights=weights, loss_index=loss_index,
+        loss_tasks=torch.zeros_like(loss_index), position_ids=torch.arange(L).expand(rows, L), causal=True,
+        document_ids=torch.zeros_like(tokens), branch_ids=torch.zeros_like(tokens),
+        patches=patches.reshape(rows, visual, -1).contiguous(), grid=(grid, grid),
+        pool_index=torch.arange(rows * visual)[:, None],
+        visual_index=(tokens == config.image_token_id).flatten().nonzero()[:, 0],
+        num_tokens=rows * L, num_pairs=rows * L * (L + 1) // 2, total_weight=float(weights.sum()))
+    return batch, pictures
 
 
 def make_model(size, seed):
@@ -87,27 +139,35 @@ def make_model(size, seed):
 
 
 def open_in_transformers(model):
-    """The same weights in transformers, through a checkpoint folder, and its identity layer frozen as ours has none."""
+    """The same weights in transformers, through a checkpoint folder; its identity layer is frozen
+    as ours has none."""
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, folder)
-        peer = transformers.LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation='sdpa',
-                                                                          dtype=torch.float32)
+        peer = transformers.LlavaForConditionalGeneration.from_pretrained(
+            folder, attn_implementation='sdpa', dtype=torch.float32)
     peer.model.multi_modal_projector.linear_2.requires_grad_(False)
     return peer
 
 
 def pixel_values(model, pictures):
-    scale, shift = (x[:3, None, None] for x in (model.pixel_scale, model.pixel_shift))
+    """Pictures normalised as transformers' processor does; part of the work that is timed."""
+    scale = model.pixel_scale[:3, None, None]
+    shift = model.pixel_shift[:3, None, None]
     return pictures * scale + shift
 
 
+def optimizer_of(model, lr):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr, fused=True)
+
+
 def train_step(model, batch, lr=1e-4):
-    """-> a function that does one step and returns its mean loss."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, fused=True)
-    count = batch['loss_weights'].sum()
+    """A function that does one step and returns its mean loss."""
+    optimizer = optimizer_of(model, lr)
+    count = batch.loss_weights.sum()
 
     def step():
         loss = model(batch)[0] / count
@@ -119,12 +179,12 @@ def train_step(model, batch, lr=1e-4):
 
 
 def peer_train_step(peer, batch, pictures, pixels, lr=1e-4):
-    optimizer = torch.optim.AdamW([p for p in peer.parameters() if p.requires_grad], lr, fused=True)
-    text = (batch['loss_weights'][0] > 0).sum().item() + 1
-    labels = batch['tokens'][:, -text:].contiguous()
+    optimizer = optimizer_of(peer, lr)
+    text = (batch.loss_weights[0] > 0).sum().item() + 1
+    labels = batch.tokens[:, -text:].contiguous()
 
     def step():
-        loss = peer(input_ids=batch['tokens'], pixel_values=pixels(pictures), labels=labels, logits_to_keep=text,
+        loss = peer(input_ids=batch.tokens, pixel_values=pixels(pictures), labels=labels, logits_to_keep=text,
                     use_cache=False).loss
         loss.backward()
         optimizer.step()
@@ -134,64 +194,17 @@ def peer_train_step(peer, batch, pictures, pixels, lr=1e-4):
 
 
 def generation(model, batch, n):
+    """A function that generates n tokens, [rows, n]."""
     return lambda: torch.stack(list(generate(model, batch, n)), 1)
 
 
 def peer_generation(peer, batch, pictures, pixels, n):
     def run():
-        out = peer.generate(input_ids=batch['tokens'], pixel_values=pixels(pictures), do_sample=False,
-                            attention_mask=torch.ones_like(batch['tokens']), max_new_tokens=n,
-                            eos_token_id=None, pad_token_id=0)
-        return out[:, batch['tokens'].shape[1]:]
+        out = peer.generate(input_ids=batch.tokens, pixel_values=pixels(pictures), do_sample=False,
+                            attention_mask=torch.ones_like(batch.tokens), max_new_tokens=n, eos_token_id=None,
+                            pad_token_id=0)
+        return out[:, batch.tokens.shape[1]:]
     return run
-
-
-def interleave(runs, repeats):
-    """Medians of the seconds of each run, taken in turns after one warm-up each, and what the warm-ups returned."""
-    first = [run() for run in runs]
-    seconds = [[] for _ in runs]
-    for _ in range(repeats):
-        for times, run in zip(seconds, runs):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-    return [statistics.median(times) for times in seconds], first
-
-
-def flops_per_step(model, batch):
-    """6 x weights x tokens for the linear layers (forward 2, backward 4) plus 12 x width x pairs for attention.
-
-    Leaves out norms, activations and the softmax (< 1% at these widths); the decoder's pairs are halved: it is causal.
-    """
-    v, t = model.config.vision, model.config.language
-    B, L = batch['tokens'].shape
-    linear = {name: sum(m.weight.numel() for m in part.modules() if isinstance(m, torch.nn.Linear))
-              for name, part in model.named_children() if name != 'lm_head'}
-    patches = batch['patches'].shape[0] * batch['patches'].shape[1]
-    products = (linear['vision_tower'] * patches + linear['multi_modal_projector'] * len(batch['visual_index'])
-                + linear['language_model'] * B * L + t.vocab_size * t.hidden_size * len(batch['loss_index']))
-    attention = (v.num_layers * v.hidden_size * patches * batch['patches'].shape[1]
-                 + t.num_layers * t.num_heads * t.head_dim * B * L * L / 2)
-    return 6 * products + 12 * attention
-
-
-def commit():
-    here = Path(__file__).parent
-    run = subprocess.run(['git', '-C', here, 'describe', '--always', '--dirty'], capture_output=True, text=True)
-    return run.stdout.strip() or 'unknown'
-
-
-def processor():
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path('/proc/cpuinfo')
-    names = [x.split(':')[1].strip() for x in info.read_text().splitlines() if x.startswith('model name')] \
-        if info.exists() else []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def row(cells):
-    print('| ' + ' | '.join(str(c).rjust(w) for c, w in zip(cells, (5, 22, 14, 14, 7, 22))) + ' |', flush=True)
 
 
 def bench_train(size, against, repeats, seed):
@@ -201,53 +214,78 @@ def bench_train(size, against, repeats, seed):
         batch, pictures = make_batch(model.config, PICTURES, text, seed)
         runs = [train_step(model, batch)]
         if against:
-            runs.append(peer_train_step(open_in_transformers(model), batch, pictures, lambda x: pixel_values(model, x)))
+            peer = open_in_transformers(model)
+            runs.append(peer_train_step(peer, batch, pictures, lambda x, model=model: pixel_values(model, x)))
         seconds, first = interleave(runs, repeats)
-        speed = [f"{batch['tokens'].numel() / s:,.0f}" for s in seconds]
-        rest = [f'{seconds[1] / seconds[0]:.2f}', f'loss differs {abs(first[0] - first[1]):.1e}'] if against else [
-            f'{seconds[0] * 1000:,.0f} ms', '', f'{flops_per_step(model, batch) / seconds[0] / 1e9:,.0f} GFLOP/s']
-        row([size, f'step, {PICTURES} x {text} text', *speed, *rest])
+        cells = [size, f'step, {PICTURES} x {text} text']
+        cells += [f'{batch.num_tokens / s:,.0f}' for s in seconds]
+        if against:
+            cells += [f'{seconds[1] / seconds[0]:.2f}', f'loss differs {abs(first[0] - first[1]):.1e}']
+        else:
+            cells += [f'{seconds[0] * 1000:,.0f} ms', '', f'{flops(model, batch) / seconds[0] / 1e9:,.0f} GFLOP/s']
+        print_row(cells)
 
 
 def bench_generate(size, against, repeats, seed):
-    """Prints two lines for each number of rows: how soon the first token comes, how fast the others follow."""
+    """Prints two lines for each number of rows: how soon the first token comes, how fast the others
+    follow."""
     for rows in (1, 8):
         model = make_model(size, seed)
         batch, pictures = make_batch(model.config, rows, PROMPT, seed)
         runs = [generation(model, batch, n) for n in (1, NEW_TOKENS)]
         if against:
-            peer, pixels = open_in_transformers(model), lambda x: pixel_values(model, x)
-            runs += [peer_generation(peer, batch, pictures, pixels, n) for n in (1, NEW_TOKENS)]
-        seconds, said = interleave(runs, repeats)
-        first, rest = seconds[::2], [b - a for a, b in zip(seconds[::2], seconds[1::2])]
-        same = f'{(said[1] == said[3]).float().mean():.0%} of tokens equal' if against else ''
+            peer = open_in_transformers(model)
+            for n in (1, NEW_TOKENS):
+                runs.append(peer_generation(peer, batch, pictures, lambda x, model=model: pixel_values(model, x), n))
+        seconds, tokens = interleave(runs, repeats)
+        first = seconds[::2]
+        rest = [whole - one for one, whole in zip(first, seconds[1::2])]
+        same = ''
+        if against:
+            same = f'{(tokens[1] == tokens[3]).float().mean():.0%} of tokens equal'
+        speeds = [f'{rows * (NEW_TOKENS - 1) / s:,.0f}' for s in rest]
         for name, cells, s in ((f'first token, {rows} rows', [f'{1000 * s:,.0f} ms' for s in first], first),
-                               ('the others', [f'{rows * (NEW_TOKENS - 1) / s:,.0f}' for s in rest], rest)):
-            row([size, name, *cells, *([f'{s[1] / s[0]:.2f}', same] if against else ['', '', ''])])
+                               ('the others', speeds, rest)):
+            ratio = [f'{s[1] / s[0]:.2f}', same] if against else ['', '', '']
+            print_row([size, name, *cells, *ratio])
 
+
+# --------------------------------------------------------------------------------------------------
+# Reading pictures and videos
 
 def make_clip(path, seconds, rate=30, size=(640, 360)):
-    """An H.264 file as cameras and sites make it: B-frames, a keyframe at most every 250 frames, noise and motion."""
+    """An H.264 file as cameras and sites make it: B-frames, a keyframe at most every 250 frames,
+    noise and motion."""
     av = pyav()
-    picture = np.random.default_rng(0).integers(0, 256, (size[1] // 8, size[0] // 4, 3), np.uint8)
-    picture = np.asarray(Image.fromarray(picture).resize((size[0] * 2, size[1]), Image.Resampling.BICUBIC))
+    width, height = size
+    noise = np.random.default_rng(0).integers(0, 256, (height // 8, width // 4, 3), np.uint8)
+    picture = np.asarray(Image.fromarray(noise).resize((width * 2, height), Image.Resampling.BICUBIC))
     with av.open(str(path), 'w') as out:
         stream = out.add_stream('h264', rate=rate, options={'preset': 'veryfast'})
-        stream.width, stream.height, stream.pix_fmt, stream.gop_size = *size, 'yuv420p', 250
+        stream.width = width
+        stream.height = height
+        stream.pix_fmt = 'yuv420p'
+        stream.gop_size = 250
         for i in range(seconds * rate):
-            x = i % size[0]                  # the camera pans
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:, x:x + size[0]]), 'rgb24')))
+            x = i % width                    # the camera pans
+            shown = np.ascontiguousarray(picture[:, x:x + width])
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(shown, 'rgb24')))
         out.mux(stream.encode())
 
 
 def decode_all(path):
-    """What a sampler that decodes everything does: every frame in RGB."""
+    """What a sampler that decodes everything does: every frame in RGB. Returns their number."""
+    number = 0
     with pyav().open(str(path)) as container:
-        return sum(1 for frame in container.decode(video=0) if frame.to_ndarray(format='rgb24') is not None)
+        for frame in container.decode(video=0):
+            frame.to_ndarray(format='rgb24')
+            number += 1
+    return number
 
 
 def bench_data(repeats):
-    """Reading, on one core: pictures, frames, and frames at two a second beside decoding every frame."""
+    """Reading, on one core: pictures, frames, and frames at two a second beside decoding every
+    frame."""
     with tempfile.TemporaryDirectory() as folder:
         path, jpeg = Path(folder) / 'clip.mp4', io.BytesIO()
         make_clip(path, 180)
@@ -260,115 +298,121 @@ def bench_data(repeats):
 
         def frames(n):
             return lambda: len(load_video(open(path, 'rb'), n, size=(224, 224))[0])
-        seconds, counts = interleave([pictures, frames(384), frames(16), lambda: decode_all(path)], repeats)
+        runs = [pictures, frames(384), frames(16), lambda: decode_all(path)]
+        seconds, counts = interleave(runs, repeats)
     print(f"pictures, JPEG 640 x 480 to 336 px          {50 / seconds[0]:>8,.0f} a second")
     for n, s in zip(counts[1:3], seconds[1:3]):
         print(f'{n:>3} frames of a 3-minute H.264 clip to 224 px {n / s:>6,.0f} a second {s:>8.2f} s, '
               f'{seconds[3] / s:.1f} times faster than decoding all {counts[3]:,} ({seconds[3]:.1f} s)')
 
 
-# Rows of instruction tuning: rate (of config/molmo2_stage2.py's groups), what is seen, how many conversations, tokens
-# of the middle answer. Counts and lengths are guesses by task, from one word to 2,000 tokens.
-KINDS = [(.136, 'picture', 2, 150), (.227, 'picture', 4, 20), (.091, 'picture', 3, 60), (.045, 'video', 1, 700),
-         (.137, 'video', 3, 25), (.136, 'video', 1, 600), (.136, 'video', 1, 80), (.09, 'text', 1, 400)]
+# --------------------------------------------------------------------------------------------------
+# Packing
 
-
-def synthetic_lengths(rng, frames=128):
-    """Endless (tokens, conversations) of made-up examples: 196 tokens a picture, one to five of them; 85 a frame, two a
-    second of clips of 5 to 300 s; conversations of 20 tokens around an answer of 1 to 2,000."""
-    rates = np.array([rate for rate, *_ in KINDS])
+def packed_rows(mixture, processor):
+    """Endless rows of Examples, packed as the Loader packs them."""
+    def examples():
+        reader = ExampleDataset(mixture, processor)
+        for draw in mixture.draws():
+            _, example = reader[draw]
+            if isinstance(example, Example):
+                yield example
+    pool, source = [], examples()
     while True:
-        _, what, conversations, middle = KINDS[rng.choice(len(KINDS), p=rates / rates.sum())]
-        n = rng.poisson(conversations - 1) + 1
-        text = 20 * n + np.exp(rng.normal(np.log(middle), 1, n)).clip(1, 2000).astype(int).sum()
-        seen = {'picture': 196 * rng.choice(5, p=[.8, .08, .06, .04, .02]) + 196, 'text': 0,
-                'video': 85 * min(frames, int(2 * np.exp(rng.uniform(np.log(5), np.log(300)))) + 1)}[what]
-        yield int(seen + text), n
-
-
-def packed(examples, room):
-    """Endless rows, lists of (tokens, conversations, ...) packed as `Loader` packs them."""
-    pool = []
-    while True:
-        yield next_row(pool, examples, room, lambda e: e[0])
-
-
-def tell_fill(what, rows, room):
-    full = np.mean([sum(e[0] for e in row) for row in rows]) / room
-    examples, talks = np.mean([len(row) for row in rows]), np.mean([sum(e[1] for e in row) for row in rows])
-    print(f'{what}, rows of {room:,}: {full:.2%} full with {examples:.1f} examples and {talks:.1f} conversations; '
-          f'one example a row would be {full / examples:.1%} full', flush=True)
+        yield next_row(pool, source, processor.seq_len, lambda e: len(e.tokens))
 
 
 def bench_packing(settings, repeats, seed):
-    """How full rows are, of made-up lengths and of a config's data; a step on them beside the same examples padded."""
-    for room, frames in ((16384, 128), (36864, 384)):
-        examples = (e for e in synthetic_lengths(np.random.default_rng(seed), frames) if e[0] <= room)
-        tell_fill('made-up lengths', list(itertools.islice(packed(examples, room), 500)), room)
+    """How full a config's rows are; a step on them beside the same examples padded."""
     processor, config = make_processor(settings)
+    room = processor.seq_len
     mixture = open_mixture(settings['mixture'], settings['data_dir'], seed)
-    read = (Rows(mixture, processor)[draw][1] for draw in mixture.draws())
-    rows = packed(((len(e.tokens), max(e.branches), e) for e in read if not isinstance(e, dict)), processor.seq_len)
-    next(rows)                               # fills the pool
+    source = packed_rows(mixture, processor)
+    next(source)                             # fills the pool
     start = time.perf_counter()
-    rows = list(itertools.islice(rows, 10 * settings['batch_size']))
+    rows = list(itertools.islice(source, 10 * settings['batch_size']))
     reading = (time.perf_counter() - start) / 10
-    tell_fill(settings['out_dir'], rows, processor.seq_len)
+    full = np.mean([sum(len(e.tokens) for e in row) for row in rows]) / room
+    examples = np.mean([len(row) for row in rows])
+    conversations = np.mean([sum(max(e.branches) for e in row) for row in rows])
+    print(f"{settings['out_dir']}, rows of {room:,}: {full:.2%} full with {examples:.1f} examples and "
+          f'{conversations:.1f} conversations; one example a row would be {full / examples:.1%} full', flush=True)
 
-    rows = [[e for *_, e in row] for row in rows[:settings['batch_size']]]
+    rows = rows[:settings['batch_size']]
     alone = [[e] for row in rows for e in row]
     model, dev = VLM(config), torch.device('cpu')
     model.init_weights(seed)
     model.set_trained(settings)
     amp = pick_dtype(settings['dtype'], dev)
     print(f'steps in {str(amp)[6:]}, random weights:')
-    batches = [collate(r, processor, length) for r, length in
-               ((rows, processor.seq_len), (alone, 0), (alone, processor.seq_len))]
+    batches = [collate(rows, processor, room), collate(alone, processor), collate(alone, processor, room)]
     with torch.autocast('cpu', amp, enabled=amp != torch.float32):
         seconds, losses = interleave([train_step(model, batch, 0.) for batch in batches], repeats)
-    useful = batches[0]['n_tokens']
-    for name, batch, s, loss in zip(('packed', 'padded to the longest', f'padded to {processor.seq_len:,}'), batches,
-                                    seconds, losses):
-        print(f"a step on {useful:,} tokens {name + ',':<23} {batch['tokens'].numel():>7,} places: {s:.3f} s, "
+    useful = batches[0].num_tokens
+    names = ('packed', 'padded to the longest', f'padded to {room:,}')
+    for name, batch, s, loss in zip(names, batches, seconds, losses):
+        print(f"a step on {useful:,} tokens {name + ',':<23} {batch.tokens.numel():>7,} places: {s:.3f} s, "
               f'{useful / s:>6,.0f} useful tokens/s, packed is {s / seconds[0]:.2f} times as fast; loss {loss:.4f}')
-    print(f'reading them takes {reading:.3f} s on one core, {reading / (reading + seconds[0]):.1%} of reading and step')
+    share = reading / (reading + seconds[0])
+    print(f'reading them takes {reading:.3f} s on one core, {share:.1%} of reading and step')
+
+
+# --------------------------------------------------------------------------------------------------
+# A step at full size
+
+def made_up_example(rng, processor, crops, grid, pooling, conversations):
+    """An Example of so many random crops and of conversations with so many tokens, of which two
+    thirds are answers."""
+    e = Example()
+    visual = 0
+    if crops:
+        window = pooling_windows(grid, pooling)
+        patches = grid[0] * grid[1]
+        visual = crops * len(window)
+        e.grid = grid
+        e.patches = rng.integers(0, 256, (crops, patches, processor.patch_dim), dtype=np.uint8)
+        e.pool_index = np.concatenate([np.where(window < 0, -1, window + i * patches) for i in range(crops)])
+        e.visual_index = np.arange(visual)
+    e.tokens = rng.integers(0, 1000, visual).tolist()
+    e.weights = [0.] * visual
+    e.positions = list(range(visual))
+    e.branches = [0] * visual
+    e.tasks = [0] * visual
+    for n in conversations:
+        question = n // 3 + 1
+        weights = [0.] * question + [1.] * (n - question)
+        e.add_branch(rng.integers(0, 1000, n).tolist(), weights, task=0)
+    return e
 
 
 def made_up_rows(settings, processor, rng):
-    """Rows of exactly seq_len: packed ones a clip of max_frames, then pictures with three conversations each, then text;
-    else one picture and conversations about it."""
-    def example(crops, grid, k, talks):
-        e, visual = Example(), 0
-        if crops:
-            index, n = windows(grid, k), grid[0] * grid[1]
-            e.grid, visual = grid, crops * len(index)
-            e.patches = rng.integers(0, 256, (crops, n, processor.patch_dim), dtype=np.uint8)
-            e.pool_index = np.concatenate([np.where(index < 0, -1, index + i * n) for i in range(crops)])
-            e.visual_index = np.arange(visual)
-        for branch, n in enumerate([visual, *talks]):
-            e.tokens += rng.integers(0, 1000, n).tolist()
-            e.weights += [float(branch > 0 and i > n // 3) for i in range(n)]
-            e.positions += range(visual, visual + n) if branch else range(n)
-            e.branches, e.tasks = e.branches + [branch] * n, e.tasks + [0] * n
-        return e
+    """Rows of exactly seq_len. Packed ones hold a clip of max_frames, then pictures with three
+    conversations each, then text; others one picture and conversations about it."""
+    return [made_up_row(settings, processor, rng) for _ in range(settings['batch_size'])]
 
-    def row():
-        k, room, out = settings['pooling'], settings['seq_len'], []
-        seen = len(windows(processor.grid, k))
-        if not settings['packing']:
-            return [example(1, processor.grid, k, [(room - seen) // 4] * 3 + [room - seen - (room - seen) // 4 * 3])]
-        per_frame = len(windows(processor.frame_grid, settings['video_pooling']))
-        frames = min(settings['max_frames'], (room - 200) // per_frame)
-        out.append(example(frames, processor.frame_grid, settings['video_pooling'], [120, 40, 40]))
-        while (left := room - sum(len(e.tokens) for e in out)) > seen + 180:
-            out.append(example(1, processor.grid, k, [120, 40, 20]))
-        return out + [example(0, None, 0, [left])]
-    return [row() for _ in range(settings['batch_size'])]
+
+def made_up_row(settings, processor, rng):
+    pooling, room = settings['pooling'], settings['seq_len']
+    a_picture = len(pooling_windows(processor.grid, pooling))
+    if not settings['packing']:
+        quarter = (room - a_picture) // 4
+        conversations = [quarter] * 3 + [room - a_picture - 3 * quarter]
+        return [made_up_example(rng, processor, 1, processor.grid, pooling, conversations)]
+    a_frame = len(pooling_windows(processor.frame_grid, settings['video_pooling']))
+    frames = min(settings['max_frames'], (room - 200) // a_frame)
+    row = [made_up_example(rng, processor, frames, processor.frame_grid, settings['video_pooling'], [120, 40, 40])]
+    left = room - len(row[0].tokens)
+    while left > a_picture + 180:
+        row.append(made_up_example(rng, processor, 1, processor.grid, pooling, [120, 40, 20]))
+        left -= len(row[-1].tokens)
+    row.append(made_up_example(rng, processor, 0, None, 0, [left]))
+    return row
 
 
 @torch.no_grad()
 def random_weights(model):
-    """Small numbers drawn on the model's own device: a billion of them on a CPU would take longer than the bench."""
+    """Small numbers drawn on the model's own device: a billion of them on a CPU would take longer
+    than the bench."""
     for name, p in model.named_parameters():
         if name.endswith('bias'):
             p.zero_()
@@ -381,59 +425,88 @@ def random_weights(model):
 def shapes_of(settings, model):
     """What `collate` and `made_up_rows` ask of a Processor."""
     p = model.config.vision.patch_size
-    return SimpleNamespace(pad=0, patch_dim=3 * p * p, grid=(settings['image_size'] // p,) * 2,
-                           frame_grid=(settings['video_size'] // p,) * 2)
+    side, frame_side = settings['image_size'] // p, settings['video_size'] // p
+    return SimpleNamespace(pad=0, patch_dim=3 * p * p, grid=(side, side), frame_grid=(frame_side, frame_side))
+
+
+class FullSizeStep:
+    """A config's training step by train.py's own functions, with random weights on full made-up
+    rows."""
+
+    def __init__(self, settings, device, amp, seed=0):
+        vars(train).update(settings, settings=settings)      # train.py's functions read its settings as globals
+        self.settings = settings
+        self.device = device
+        self.amp = amp
+        self.model = train.set_trained(planned_model(settings)).to_empty(device=device)
+        self.model.set_buffers(device)
+        random_weights(self.model)
+        if settings['compile']:
+            compile_blocks(self.model, settings['memory_budget'])
+        self.optimizers = train.make_optimizers(self.model.train())
+        shapes = shapes_of(settings, self.model)
+        self.rows = made_up_rows(settings, shapes, np.random.default_rng(seed))
+        self.batch = collate(self.rows, shapes, settings['seq_len']).to(device)
+
+    def __call__(self):
+        autocast = torch.autocast(self.device.type, self.amp, enabled=self.amp != torch.float32)
+        loss, _ = train.backward(self.model, self.model, [self.batch], autocast)
+        train.step_optimizers(self.optimizers, 0)
+        return loss.item()
+
+    def patches(self):
+        crops = [x for x in (self.batch.patches, self.batch.frames) if x is not None]
+        return sum(x.shape[0] * x.shape[1] for x in crops)
+
+    def estimate(self):
+        settings = self.settings
+        return memory_estimate(self.model, len(self.rows), settings['seq_len'], settings['recompute'], self.amp,
+                               self.patches() / len(self.rows), compiled=settings['compile'])
 
 
 def bench_step(settings, repeats, seed):
-    """A config's training step, by train.py's own functions, and the attention of its rows beside a dense mask."""
-    vars(train).update(settings, settings=settings)
-    dev, model = pick_device(settings['device']), train.set_trained(planned_model(settings))
+    """A config's training step, and the attention of one of its rows beside a dense mask."""
+    dev = pick_device(settings['device'])
     amp = pick_dtype(settings['dtype'], dev)
-    model.to_empty(device=dev)
-    model.set_buffers(dev)
-    random_weights(model)
-    if settings['compile']:
-        compile_blocks(model, settings['memory_budget'])
-    optimizers = train.make_optimizers(model.train())
-    processor = shapes_of(settings, model)
-    rows = made_up_rows(settings, processor, np.random.default_rng(seed))
-    batch = to_device(collate(rows, processor, settings['seq_len']), dev)
-    autocast = torch.autocast(dev.type, amp, enabled=amp != torch.float32)
-
-    def step():
-        loss, _ = train.backward(model, model, [batch], autocast)
-        train.step_optimizers(optimizers, 0)
-        return loss.item()
+    step = FullSizeStep(settings, dev, amp, seed)
+    batch = step.batch
     (seconds,), (loss,) = interleave([step], repeats)
-    speed, peak = train.flops(model, batch) / seconds, train.peak_flops(dev)
-    print(f"{settings['out_dir']}: {len(rows)} rows of {settings['seq_len']:,} tokens in {str(amp)[6:]}, recompute "
+    speed, peak = flops(step.model, batch) / seconds, peak_flops(dev)
+    mfu = f', MFU {speed / peak:.1%}' if peak else ''
+    print(f"{settings['out_dir']}: {len(step.rows)} rows of {settings['seq_len']:,} tokens in {str(amp)[6:]}, recompute "
           f"{settings['recompute']}, compile {settings['compile']}: {seconds:.3f} s a step, "
-          f"{batch['n_tokens'] / seconds:,.0f} tokens/s, {speed / 1e12:.2f} TFLOP/s"
-          + (f', MFU {speed / peak:.1%}' if peak else '') + f'; loss {loss:.3f}')
-    patches = sum(batch[x].shape[0] * batch[x].shape[1] for x in ('patches', 'frames') if x in batch)
-    memory = memory_estimate(model, len(rows), settings['seq_len'], settings['recompute'], amp, patches / len(rows),
-                             compiled=settings['compile'])
-    print('memory: ' + (f'peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, ' if dev.type == 'cuda' else '')
-          + 'estimated ' + ', '.join(f'{k} {v / 1e9:.2f}' for k, v in memory.items()) + ' GB', flush=True)
-
+          f'{batch.num_tokens / seconds:,.0f} tokens/s, {speed / 1e12:.2f} TFLOP/s{mfu}; loss {loss:.3f}')
+    uses = ', '.join(f'{use} {n / 1e9:.2f}' for use, n in step.estimate().items())
+    measured = f'peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, ' if dev.type == 'cuda' else ''
+    print(f'memory: {measured}estimated {uses} GB', flush=True)
     if settings['seq_len'] > 8192:           # the dense mask alone would be gigabytes
         return
-    t, ids = model.config.language, [batch[x][:1] for x in ('document_ids', 'branch_ids')]
-    del model, optimizers
-    masks = [make_mask(*ids) if dev.type == 'cuda' else Segments(*ids), make_mask(*(x.cpu() for x in ids)).to(dev)]
-    qkv = [torch.randn(1, n, settings['seq_len'], t.head_dim, device=dev, dtype=amp, requires_grad=True)
-           for n in (t.num_heads, t.num_kv_heads, t.num_kv_heads)]
+    t = step.model.config.language
+    document_ids, branch_ids = batch.document_ids[:1], batch.branch_ids[:1]
+    del step
+    bench_attention(t, document_ids, branch_ids, settings['seq_len'], dev, amp, repeats)
+
+
+def bench_attention(config, document_ids, branch_ids, seq_len, dev, amp, repeats):
+    if dev.type == 'cuda':
+        name, fast = 'FlexAttention', block_mask(document_ids, branch_ids)
+    else:
+        name, fast = 'by segments', PackedTreeAttention(document_ids, branch_ids)
+    dense = dense_mask(document_ids, branch_ids)
+    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    qkv = [torch.randn(1, n, seq_len, config.head_dim, device=dev, dtype=amp, requires_grad=True) for n in heads]
 
     def attend(mask):
         out = attention(*qkv, mask)
-        return [x.sum().item() for x in (out, *torch.autograd.grad(out, qkv, torch.ones_like(out)))]
-    seconds, sums = interleave([lambda m=m: attend(m) for m in masks], repeats)
-    print(f"attention of one row, forward and backward: {'FlexAttention' if dev.type == 'cuda' else 'by segments'} "
-          f'{seconds[0] * 1e3:.1f} ms, SDPA with a dense mask {seconds[1] * 1e3:.1f} ms, '
-          f'{seconds[1] / seconds[0]:.1f} times as '
-          f'long; sums {sums[0][0]:.4g} and {sums[1][0]:.4g}')
+        gradients = torch.autograd.grad(out, qkv, torch.ones_like(out))
+        return [x.sum().item() for x in (out, *gradients)]
+    seconds, sums = interleave([lambda: attend(fast), lambda: attend(dense)], repeats)
+    print(f'attention of one row, forward and backward: {name} {seconds[0] * 1e3:.1f} ms, SDPA with a dense mask '
+          f'{seconds[1] * 1e3:.1f} ms, {seconds[1] / seconds[0]:.1f} times as long; sums {sums[0][0]:.4g} and '
+          f'{sums[1][0]:.4g}')
 
+
+# --------------------------------------------------------------------------------------------------
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -451,34 +524,38 @@ def main():
     parser.add_argument('--seed', type=int, default=0)
     args, settings = parser.parse_known_args()
     if args.gpu:
-        from extra import gpu_bench, timed_parts       # kernels and steps of a GPU, each part in its own time
+        from extra import gpu_bench, timed_parts         # kernels and steps of a GPU, each part in its own time
         raise SystemExit(timed_parts.main(gpu_bench.PARTS, args.seconds))
     if settings and not (args.packing or args.step):
         parser.error(f'unknown argument {settings[0]}')
-    for value, known in ((args.size, SIZES), (args.what, ('train', 'generate'))):
-        if unknown := [x for x in value.split(',') if x not in known]:
-            raise UserError(f"'{unknown[0]}' is not one of {', '.join(known)}")
+    benches = {'train': bench_train, 'generate': bench_generate}
+    for value, known in ((args.size, SIZES), (args.what, benches)):
+        for name in value.split(','):
+            if name not in known:
+                raise UserError(f"'{name}' is not one of {', '.join(known)}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    version = ''
+    version = f'torch {torch.__version__}'
     if args.against:
         import transformers
-        version = f', transformers {transformers.__version__}'
-    print(f"{processor()}; {torch.get_num_threads()} threads{'' if args.packing or args.step else ', float32'}; "
-          f"torch {torch.__version__}{version}; commit {commit()}; median of {args.repeats}, in turns")
+        version += f', transformers {transformers.__version__}'
+    dtype = '' if args.packing or args.step else ', float32'
+    print(f'{processor()}; {torch.get_num_threads()} threads{dtype}; {version}; commit {commit()}; median of '
+          f'{args.repeats}, in turns')
     if args.data:
-        return bench_data(args.repeats)
-    if args.step:
-        return bench_step(configure(train_settings(), [args.step, *settings]), args.repeats, args.seed)
-    if args.packing:
-        return bench_packing(configure(train_settings(), [args.packing, *settings]), args.repeats, args.seed)
-    row(['size', 'what', 'ours, tokens/s', 'theirs' if args.against else 'time', 'ratio', 'check'])
-    row(['-' * w for w in (5, 22, 14, 14, 7, 22)])
-    for size in args.size.split(','):
-        for what in args.what.split(','):
-            {'train': bench_train, 'generate': bench_generate}[what](size, args.against, args.repeats, args.seed)
-    print(f'peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB'
-          + (' (both libraries together)' if args.against else ''))
+        bench_data(args.repeats)
+    elif args.step:
+        bench_step(configure(train_settings(), [args.step, *settings]), args.repeats, args.seed)
+    elif args.packing:
+        bench_packing(configure(train_settings(), [args.packing, *settings]), args.repeats, args.seed)
+    else:
+        print_row(['size', 'what', 'ours, tokens/s', 'theirs' if args.against else 'time', 'ratio', 'check'])
+        print_row(['-' * width for width in (5, 22, 14, 14, 7, 22)])
+        for size in args.size.split(','):
+            for what in args.what.split(','):
+                benches[what](size, args.against, args.repeats, args.seed)
+        both = ' (both libraries together)' if args.against else ''
+        print(f'peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB{both}')
 
 
 if __name__ == '__main__':

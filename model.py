@@ -1,105 +1,66 @@
-"""The model: a ViT that sees, a connector that translates, a Qwen3 decoder that talks.
+"""The model: a vision transformer, a connector, a Qwen3 decoder, and the three of them together.
 
     patches [num_crops, num_patches, patch_dim] uint8
-       │  VisionTransformer   CLIP or SigLIP2, features of one or more layers
+       │  VisionTransformer   CLIP or SigLIP2; the outputs of one or more of its layers
        ▼
-    features [num_crops, num_patches, vision width x layers]
-       │  Connector           each visual token pools the patches that `pool_index` names: mean + linear, mean + MLP,
-       ▼                      or Molmo2's attention pooling + SwiGLU
+    features [num_crops x num_patches, feature_size]
+       │  Connector           each visual token pools the patches that `pool_index` names: a mean and a linear layer, a
+       ▼                      mean and an MLP, or Molmo2's attention pooling and SwiGLU
     visual tokens [num_visual_tokens, width]
-       │  written into (nano) or added to (molmo2) the embeddings of the placeholder tokens
+       │  VLM.embed           they replace (nano) or are added to (molmo2) the embeddings of the placeholder tokens
        ▼
     Decoder                   Qwen3: RMSNorm, rotary positions, q/k norm, grouped-query attention, SwiGLU
        ▼
-    hidden [B, L, width]  ->  logits only where there is a loss weight, a chunk at a time
+    hidden states [B, L, width]  ->  logits, where a token has a loss weight
 
-Notable: the ViT takes patches, so its convolution is a linear layer; layers above the last feature layer are not built;
-the mask is made once per batch by `make_mask` and handed down; parameter names are Hugging Face's, so loading a
-checkpoint is a rule of prefixes (`RULES`) and a saved folder opens in transformers. No data handling here.
+What comes in is a `Batch`, documented field by field below; data.py makes it. Notable choices:
 
-    python model.py [config/stage1.py] [--key=value]     parameters, what trains, memory by stage
+- The vision transformer takes patches, not pictures, so its convolution is a linear layer. Layers above the last one whose
+  output is used are not built.
+- The mask is made once for each batch and handed down. `mask_rule` says who attends to whom, `choose_attention` decides in
+  which form that is computed, and nothing else decides it.
+- Parameter names are Hugging Face's, so a checkpoint is loaded by a rule of prefixes (extra/hf.py).
+- What has a faster form has its plain form here, and tests hold both equal: attention with a dense mask (`dense_mask`), the
+  loss (`plain_loss`), generation (`VLM.generate`). The faster forms are in extra/kernels.py and extra/engine.py.
+
+No data handling here.
+
+    python model.py [config/stage1.py] [--key=value]     parameters, what trains, memory of each stage
 """
 import json
 import sys
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
 
-def pick_device(name='auto'):
-    """The device of that name, or the fastest one there is, made ready for use."""
-    if name == 'auto':
-        name = 'cpu'
-        if torch.backends.mps.is_available():
-            name = 'mps'
-        if torch.cuda.is_available():
-            name = 'cuda'
-    device = torch.device(name)
-    if device.type == 'cuda':
-        # torch prefers cuDNN's attention on Hopper, which builds a plan for every new shape (half a second each, and our
-        # numbers of crops and lengths of prompts keep changing). Flash attention is as fast for them and builds nothing.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    return device
+# --------------------------------------------------------------------------------------------------
+# Sizes. The figures are those of the released config.json files and of transformers 5.23 (CLIP,
+# SigLIP, Qwen3).
 
-
-def pick_dtype(name, device):
-    """'auto': bfloat16 where the hardware multiplies it (CUDA from Ampere on, CPUs with AVX512-BF16), else float32."""
-    names = 'bfloat16', 'float16', 'float32'
-    if name in names:
-        return getattr(torch, name)
-    if name != 'auto':
-        raise UserError(f"dtype = '{name}' is not one of auto, {', '.join(names)}")
-    fast = False
-    if device.type == 'cpu':
-        fast = getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
-    if device.type == 'cuda':
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if fast else torch.float32
-
-
-def pick_weights_dtype(name, device):
-    """The type of weights that are only asked, not trained. 'auto': bfloat16 on CUDA, because attention in float32 has no
-    flash kernel there and would hold every score of a long prompt at once; float32 elsewhere."""
-    if name == 'auto' and device.type != 'cuda':
-        return torch.float32
-    return pick_dtype(name, device)
-
-
-def autocast_device(x):
-    return 'cpu' if x.is_meta else x.device.type           # autocast knows no meta tensors
-
-
-def compute_dtype(x):
-    """What products of x run in: autocast's type inside autocast, else x's own."""
-    device = autocast_device(x)
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sizes. Figures from the released config.json files and transformers 5.23 (CLIP, SigLIP, Qwen3).
 
 @dataclass
 class VisionConfig:
     hidden_size: int
     intermediate_size: int
-    num_layers: int                        # of the released tower; only those up to the last feature layer are built
+    num_layers: int       # of the released tower; only those up to the last feature layer are built
     num_heads: int
-    image_size: int                        # pixels a side of the position table
-    patch_size: int
-    style: str = 'clip'                    # clip: class token, LayerNorm after the embeddings, patches without bias
+    image_size: int                     # pixels a side for which the table of positions was trained
+    patch_size: int                        # pixels a side
+    style: str = 'clip'                    # clip: class token, LayerNorm after the embeddings, patches without bias | siglip
     activation: str = 'quick_gelu'
     layer_norm_eps: float = 1e-5
     feature_layers: tuple = (-2,)          # blocks whose outputs are concatenated; negative counts from the end
 
     def __post_init__(self):
-        self.feature_layers = tuple(range(self.num_layers)[i] for i in self.feature_layers)
+        every = range(self.num_layers)
+        self.feature_layers = tuple(every[i] for i in self.feature_layers)
         self.num_layers = max(self.feature_layers) + 1
 
     @property
@@ -116,21 +77,21 @@ class LanguageConfig:
     num_kv_heads: int
     head_dim: int = 128
     vocab_size: int = 151936
-    extra_vocab_size: int = 0              # rows of the embedding beyond the output's vocabulary (molmo2)
+    extra_vocab_size: int = 0  # rows of the embedding table beyond the output's vocabulary (molmo2)
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 40960
 
 
-def _siglip2(hidden, mlp, layers, heads, image):
-    return dict(hidden_size=hidden, intermediate_size=mlp, num_layers=layers, num_heads=heads, image_size=image,
-                patch_size=14, style='siglip', activation='gelu_pytorch_tanh', layer_norm_eps=1e-6)
-
-
 def _clip(hidden, mlp, layers, heads, image, patch):
     return dict(hidden_size=hidden, intermediate_size=mlp, num_layers=layers, num_heads=heads, image_size=image,
                 patch_size=patch)
+
+
+def _siglip2(hidden, mlp, layers, heads, image):
+    return dict(hidden_size=hidden, intermediate_size=mlp, num_layers=layers, num_heads=heads, image_size=image,
+                patch_size=14, style='siglip', activation='gelu_pytorch_tanh', layer_norm_eps=1e-6)
 
 
 def _qwen3(hidden, mlp, layers, heads, tied=True, theta=1e6, positions=40960):
@@ -150,124 +111,106 @@ LANGUAGE = {                               #            width   mlp  layers head
     'Qwen/Qwen3-4B-Instruct-2507': _qwen3(               2560, 9728, 36, 32, theta=5e6, positions=262144),
     'Qwen/Qwen3-8B': _qwen3(                             4096, 12288, 36, 32, tied=False),
 }
-# Pixels are scaled as the tower was trained: (x / 255 - mean) / std
-PIXEL_STATS = {'clip': ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-               'siglip': ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
-# The visual tokens of the released Molmo2 tokenizer: all but the text placeholders 151941 and 151945
+# The ids of Molmo2's visual tokens in its own tokenizer: all special ones but the text placeholders
+# 151941 and 151945
 MOLMO2_VISUAL_IDS = (151936, 151937, 151938, 151939, 151940, 151942, 151943, 151944)
 
 
 @dataclass
 class Config:
+    """Sizes, token ids, and the recipe. The two recipes differ in three places and nowhere else in
+    this file:
+
+                            nano                                     molmo2
+    default features        the last layer but one                   two layers, concatenated (make_config)
+    VLM.embed               visual tokens replace placeholders       visual tokens are added to them
+    mask_rule               every token attends to earlier ones      visual tokens attend to one another too
+    """
     vision: VisionConfig
     language: LanguageConfig
-    recipe: str = 'nano'                   # nano: features replace the placeholder's embedding, causal
-    #                                        molmo2: features are added to it, visual tokens see one another
-    connector: str = 'linear'              # linear | mlp (both after a mean over the window) | molmo2
+    recipe: str = 'nano'                   # nano | molmo2
+    connector: str = 'linear'            # linear | mlp (both after a mean over the window) | molmo2
     connector_size: int = 0                # width inside molmo2's SwiGLU; 0: as the decoder's
-    pooling: int = 2                       # window of an image, in patches a side
-    image_token_id: int = 151655           # <|image_pad|> or <im_patch>
-    video_token_id: int = 151656
+    pooling: int = 2                       # patches a side that one visual token of a picture pools
+    image_token_id: int = 151655           # the placeholder <|image_pad|>, or <im_patch>
+    video_token_id: int = 151656           # <|video_pad|>
     eos_token_id: int = 151645             # <|im_end|>
     pad_token_id: int = 151643             # <|endoftext|>
-    visual_token_ids: tuple = ()           # molmo2: tokens that see one another
+    visual_token_ids: tuple = ()           # molmo2: the tokens that attend to one another
 
     def __post_init__(self):
         if isinstance(self.vision, dict):
             self.vision = VisionConfig(**self.vision)
         if isinstance(self.language, dict):
             self.language = LanguageConfig(**self.language)
-        self.connector_size = self.connector_size or self.language.intermediate_size
-        self.visual_token_ids = tuple(self.visual_token_ids or MOLMO2_VISUAL_IDS) if self.recipe == 'molmo2' else ()
-        for name, value, known in (('recipe', self.recipe, ('nano', 'molmo2')),
-                                   ('connector', self.connector, ('linear', 'mlp', 'molmo2'))):
-            if value not in known:
-                raise UserError(f"{name} = '{value}' is not one of {', '.join(known)}")
+        if not self.connector_size:
+            self.connector_size = self.language.intermediate_size
+        if self.recipe == 'molmo2':
+            self.visual_token_ids = tuple(self.visual_token_ids or MOLMO2_VISUAL_IDS)
+        else:
+            self.visual_token_ids = ()
+        _check_choice('recipe', self.recipe, ('nano', 'molmo2'))
+        _check_choice('connector', self.connector, ('linear', 'mlp', 'molmo2'))
+
+
+def _check_choice(name, value, choices):
+    if value not in choices:
+        raise UserError(f"{name} = '{value}' is not one of {', '.join(choices)}")
 
 
 def make_config(vision, language, **rest):
-    """A Config from names in the tables above, or from dicts of sizes."""
-    def size(table, value, what):
-        if isinstance(value, str):
-            if value not in table:
-                raise UserError(f"{what} = '{value}' is not in the table of model.py; it has: {', '.join(table)}")
-            return table[value]
-        return value
-    vision = dict(size(VISION, vision, 'vision'))
+    """A Config. vision and language are names in the tables above, or dicts of sizes; rest are
+    Config's other fields."""
+    vision = dict(_sizes(VISION, vision, 'vision'))
+    language = _sizes(LANGUAGE, language, 'language')
     if rest.get('recipe') == 'molmo2':
         vision.setdefault('feature_layers', (-3, -9))
-    return Config(vision, size(LANGUAGE, language, 'language'), **rest)
+    return Config(vision, language, **rest)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention and its mask
-
-def mask_rule(document_ids, branch_ids, visual=None):
-    """sees(row, head, i, j): may query i look at key j? In the form that FlexAttention takes.
-
-    Yes when both are of one document, and j <= i (or, if `visual` is given, both are visual tokens: the molmo2
-    recipe), and j is in the document's shared part (branch 0) or on i's own branch.
-    """
-    def sees(b, head, i, j):
-        order = j <= i
-        if visual is not None:
-            order = order | (visual[b, i] & visual[b, j])
-        same = document_ids[b, i] == document_ids[b, j]
-        return same & order & ((branch_ids[b, j] == 0) | (branch_ids[b, i] == branch_ids[b, j]))
-    return sees
+def _sizes(table, value, what):
+    if not isinstance(value, str):
+        return value
+    if value not in table:
+        raise UserError(f"{what} = '{value}' is not in the table of model.py; it has: {', '.join(table)}")
+    return table[value]
 
 
-def make_mask(document_ids, branch_ids, visual=None):
-    """Who sees whom in a packed batch by `mask_rule`, once for all layers.
-
-    document_ids, branch_ids [B, L] int, visual [B, L] bool or None. Padding is document -1 and sees itself, so that no
-    row of the softmax is empty.
-    Returns a dense boolean [B, 1, L, L] on the CPU, a FlexAttention block mask (no L x L array) on CUDA.
-    """
-    B, L = document_ids.shape
-    sees = mask_rule(document_ids, branch_ids, visual)
-    if document_ids.is_cuda:
-        global _flex_attention, _create_block_mask
-        if _flex_attention is None:
-            _flex_attention = torch.compile(flex_attention)
-            _create_block_mask = torch.compile(create_block_mask)
-        return _create_block_mask(sees, B, None, L, L, device=document_ids.device)
-    b, i, j = torch.arange(B)[:, None, None], torch.arange(L)[:, None], torch.arange(L)
-    return sees(b, None, i, j)[:, None]                                                          # [B, 1, L, L]
-
-
-# Both are compiled for the first mask on CUDA, because torch's compiler takes seconds to load
-_flex_attention = None
-_create_block_mask = None
-# For fewer than 128 queries torch would take its decoding kernel, which cannot be compiled for 65 to 127 of them where
-# query heads share a key head: its block of 2 x length, rounded to a power of 2, does not divide the mask's 128.
-FLEX_OPTIONS = {'FORCE_USE_FLEX_ATTENTION': True}
-
+# --------------------------------------------------------------------------------------------------
+# Attention, for all parts
 
 def attention(query, key, value, mask):
-    """query [B, heads, L, D], key and value [B, kv heads, S, D] -> [B, heads, L, D].
+    """Grouped-query attention: for each head, softmax(query @ key^T / sqrt(d)) @ value.
 
-    mask: None (all see all), 'causal', boolean [B, 1, L, S], a block mask, or what can `attend`. Query head h reads key
-    head h // (heads / kv heads).
+    query [B, heads, L, d], key and value [B, kv_heads, S, d] -> [B, heads, L, d]. Query head h
+    reads key head h // (heads / kv_heads).
+
+    mask: None, when every query attends to every key; 'causal'; boolean [B, 1, L, S], True where a
+    query attends to a key; a FlexAttention block mask; or an object that computes attention itself
+    by its method `attend` (PackedTreeAttention in extra/kernels.py, Ulysses in parallel.py).
     """
     if hasattr(mask, 'attend'):
         return mask.attend(query, key, value)
     if isinstance(mask, BlockMask):
-        return _flex_attention(query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1],
-                               kernel_options=FLEX_OPTIONS)
+        from extra.kernels import flex                   # FlexAttention, compiled
+        return flex(query, key, value, mask)
     if mask is None and query.device.type == 'cpu' and query.requires_grad:
-        from extra.kernels import small_attention          # scores spelled out, whose backward pass is faster on a CPU
+        from extra.kernels import small_attention   # the same, with a faster backward pass on a CPU
         return small_attention(query, key, value, mask)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask if torch.is_tensor(mask) else None,
-                                          is_causal=isinstance(mask, str), enable_gqa=query.shape[1] != key.shape[1])
+    is_causal = isinstance(mask, str)
+    dense = None if is_causal else mask
+    is_grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=dense, is_causal=is_causal, enable_gqa=is_grouped)
 
 
-def runs_again(recompute, i):
-    """Does block i keep its inputs alone and compute the rest again in the backward pass? Every `recompute`-th."""
-    return recompute and i % recompute == 0 and torch.is_grad_enabled()
+def is_checkpointed(every, layer):
+    """Activation (gradient) checkpointing: a block that is checkpointed keeps only its input for
+    the backward pass and computes the rest again there. `every` = n checkpoints each n-th block, 0
+    none."""
+    return bool(every) and layer % every == 0 and torch.is_grad_enabled()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Vision
 
 ACTIVATION = {
@@ -278,27 +221,40 @@ ACTIVATION = {
 
 
 def crop_attention(query, key, value, shapes):
-    """Attention inside each crop. query, key, value [T, heads, d] of all; shapes [(N, P), ..]: first N crops of P tokens
-    each, then others."""
-    seen, sizes = [], [n * p for n, p in shapes]
-    for shape, *qkv in zip(shapes, *(x.split(sizes) for x in (query, key, value))):
-        x = attention(*(x.unflatten(0, shape).transpose(1, 2) for x in qkv), None)               # [N, heads, P, d]
-        seen.append(x.transpose(1, 2).flatten(0, 1))
-    return torch.cat(seen)                                                                       # [T, heads, d]
+    """Attention inside each crop. A batch may hold crops of two sizes: pictures, and frames of
+    videos.
+
+    query, key, value [T, heads, d], the tokens of all crops one after the other; shapes [(N, P),
+    ..]: first N crops of P tokens each, then others. Returns [T, heads, d].
+    """
+    sizes = [crops * tokens for crops, tokens in shapes]
+    results = []
+    for (crops, tokens), q, k, v in zip(shapes, query.split(sizes), key.split(sizes), value.split(sizes)):
+        q = q.unflatten(0, (crops, tokens)).transpose(1, 2)              # [crops, heads, tokens, d]
+        k = k.unflatten(0, (crops, tokens)).transpose(1, 2)
+        v = v.unflatten(0, (crops, tokens)).transpose(1, 2)
+        x = attention(q, k, v, None)
+        results.append(x.transpose(1, 2).flatten(0, 1))                 # [crops x tokens, heads, d]
+    return torch.cat(results)
 
 
 class VisionAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.num_heads = config.num_heads
-        for name in ('q_proj', 'k_proj', 'v_proj', 'out_proj'):
-            setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size))
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x, shapes):
-        """x [T, D] the tokens of all crops, shapes as in `crop_attention`."""
-        x = x.to(compute_dtype(x))
-        query, key, value = (f(x).unflatten(-1, (self.num_heads, -1)) for f in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(crop_attention(query, key, value, shapes).flatten(1))
+        """x [T, width], the tokens of all crops; shapes as in `crop_attention`."""
+        x = x.to(compute_dtype(x))                  # cast once, because three linear layers read it
+        query = self.q_proj(x).unflatten(-1, (self.num_heads, -1))               # [T, heads, d]
+        key = self.k_proj(x).unflatten(-1, (self.num_heads, -1))
+        value = self.v_proj(x).unflatten(-1, (self.num_heads, -1))
+        x = crop_attention(query, key, value, shapes)
+        return self.out_proj(x.flatten(1))
 
 
 class VisionMLP(nn.Module):
@@ -326,135 +282,173 @@ class VisionBlock(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
+    """A linear layer for the pixels of each patch, and a learned vector for each position."""
+
     def __init__(self, config):
         super().__init__()
-        self.grid = config.image_size // config.patch_size
-        self.patch_embedding = nn.Linear(3 * config.patch_size ** 2, config.hidden_size, bias=config.style != 'clip')
-        self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size)) if config.style == 'clip' else None
-        rows = self.grid ** 2 + (config.style == 'clip')   # row 0 belongs to the class token
-        self.position_embedding = nn.Embedding(rows, config.hidden_size)
+        self.grid = config.image_size // config.patch_size       # patches a side that the table has positions for
+        self.has_class_token = config.style == 'clip'
+        patch_dim = 3 * config.patch_size ** 2
+        self.patch_embedding = nn.Linear(patch_dim, config.hidden_size, bias=config.style != 'clip')
+        self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size)) if self.has_class_token else None
+        # Row 0 belongs to the class token, where there is one
+        self.position_embedding = nn.Embedding(self.has_class_token + self.grid ** 2, config.hidden_size)
 
     def positions(self, grid):
-        """The position table [rows, D], its patch part resized (bicubic) when the picture's grid differs."""
+        """The table of positions [tokens, width] for crops of grid = (rows, columns) patches. When
+        that is not the grid the table was trained for, the patches' part is resized (bicubic)."""
         table = self.position_embedding.weight
         if grid == (self.grid, self.grid):
             return table
-        first, table = table[:-self.grid ** 2], table[-self.grid ** 2:]
-        table = table.view(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)                      # [1, D, g, g]
-        table = F.interpolate(table.float(), size=grid, mode='bicubic', align_corners=False).to(first.dtype)
-        return torch.cat([first, table.flatten(2)[0].T])
+        class_position, table = table[:-self.grid ** 2], table[-self.grid ** 2:]
+        table = table.view(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)      # [1, width, rows, columns]
+        table = F.interpolate(table.float(), size=grid, mode='bicubic', align_corners=False)
+        table = table.flatten(2)[0].T.to(class_position.dtype)                   # [patches, width]
+        return torch.cat([class_position, table])
 
     def forward(self, patches, grid):
-        x = self.patch_embedding(patches)                                                        # [N, P, D]
-        if self.class_embedding is not None:
-            x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1)        # [N, 1 + P, D]
+        """patches [N, P, patch_dim], normalised -> [N, P, width], or [N, 1 + P, width] with a class
+        token first."""
+        x = self.patch_embedding(patches)
+        if self.has_class_token:
+            class_token = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+            x = torch.cat([class_token, x], 1)
         return x + self.positions(grid)
-
-
-def sincos_positions(grid, width):
-    """[grid x grid, width]: sines and cosines of the row in one half, the column in the other (MAE, He et al. 2022)."""
-    frequency = 100 ** -(torch.arange(width // 4) / (width // 4))
-    angle = torch.arange(grid)[:, None] * frequency                                              # [grid, width / 4]
-    one = torch.cat([angle.sin(), angle.cos()], 1)                                               # [grid, width / 2]
-    return torch.cat([one.repeat_interleave(grid, 0), one.repeat(grid, 1)], 1)
 
 
 class VisionTransformer(nn.Module):
     """CLIP (Radford et al. 2021) and SigLIP2 (Tschannen et al. 2025) towers.
 
-    forward: [(patches [N, P, patch_dim] as the tower wants its pixels, grid (rows, columns) of the P), ..], crops of
-    each size -> [sum of N P, hidden_size x len(feature_layers)], all patches in order, the class tokens dropped.
+    `checkpoint_every` is activation checkpointing, as in `is_checkpointed`.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.recompute = config, 0            # as Decoder's
+        self.config = config
+        self.checkpoint_every = 0
         self.embeddings = VisionEmbeddings(config)
+        # The name is misspelt in CLIP's checkpoints, and so here
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.style == 'clip' else None
-        self.encoder = nn.ModuleDict({'layers': nn.ModuleList(VisionBlock(config) for _ in range(config.num_layers))})
+        layers = [VisionBlock(config) for _ in range(config.num_layers)]
+        self.encoder = nn.ModuleDict({'layers': nn.ModuleList(layers)})
+
+    def is_trained(self):
+        return self.embeddings.patch_embedding.weight.requires_grad
 
     def forward(self, crops):
-        x = [self.embeddings(*crop) for crop in crops]                                           # [N, P, D]
-        shapes = [y.shape[:2] for y in x]
-        x = torch.cat([y.flatten(0, 1) for y in x])                                              # [T, D]
+        """crops [(normalised patches [N, P, patch_dim], grid (rows, columns) of the P), ..], an entry for each size of crop
+        -> features [sum of N x P, feature_size]: all patches in order, the class tokens dropped."""
+        embedded = [self.embeddings(patches, grid) for patches, grid in crops]
+        shapes = [x.shape[:2] for x in embedded]
+        x = torch.cat([x.flatten(0, 1) for x in embedded])     # [T, width], the tokens of all crops
         if self.pre_layrnorm is not None:
             x = self.pre_layrnorm(x)
         outputs = {}
         for i, block in enumerate(self.encoder['layers']):
-            x = checkpoint(block, x, shapes, use_reentrant=False) if runs_again(self.recompute, i) else block(x, shapes)
+            if is_checkpointed(self.checkpoint_every, i):
+                x = checkpoint(block, x, shapes, use_reentrant=False)
+            else:
+                x = block(x, shapes)
             if i in self.config.feature_layers:
                 outputs[i] = x
-        x = torch.cat([outputs[i] for i in self.config.feature_layers], -1)
-        if self.config.style == 'clip':
-            x = torch.cat([y.unflatten(0, shape)[:, 1:].flatten(0, 1)
-                           for y, shape in zip(x.split([n * p for n, p in shapes]), shapes)])
+        x = torch.cat([outputs[i] for i in self.config.feature_layers], -1)      # [T, feature_size]
+        if self.embeddings.has_class_token:
+            x = self.drop_class_tokens(x, shapes)
         return x
 
+    def drop_class_tokens(self, x, shapes):
+        """[T, feature_size] with a class token in front of each crop's patches -> the patches
+        alone."""
+        kept = []
+        for y, (crops, tokens) in zip(x.split([n * p for n, p in shapes]), shapes):
+            y = y.unflatten(0, (crops, tokens))
+            kept.append(y[:, 1:].flatten(0, 1))
+        return torch.cat(kept)
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+# --------------------------------------------------------------------------------------------------
 # Connector
 
 class AttentionPooling(nn.Module):
-    """Molmo2's pooling: the mean of a window attends to the window (transformers, Molmo2Adapter)."""
+    """Molmo2's pooling: the mean of a window of patches attends to the window (transformers, Molmo2
+    adapter)."""
 
     def __init__(self, config):
         super().__init__()
-        inside, width = config.vision.feature_size, config.vision.hidden_size
+        width = config.vision.hidden_size
         self.num_heads = config.vision.num_heads
-        for name in ('q_proj', 'k_proj', 'v_proj'):
-            setattr(self, name, nn.Linear(inside, width))
+        self.q_proj = nn.Linear(config.vision.feature_size, width)
+        self.k_proj = nn.Linear(config.vision.feature_size, width)
+        self.v_proj = nn.Linear(config.vision.feature_size, width)
         self.o_proj = nn.Linear(width, width)
 
-    def forward(self, x, valid):                                                    # [T, W, inside], [T, W] bool
-        mean = x.sum(1, keepdim=True) / valid.sum(1)[:, None, None].clamp(min=1)                 # [T, 1, inside]
-        query, key, value = (f(y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)            # [T, heads, ., d]
-                             for f, y in ((self.q_proj, mean), (self.k_proj, x), (self.v_proj, x)))
-        x = attention(query, key, value, valid[:, None, None])                                   # [T, heads, 1, d]
-        return self.o_proj(x.flatten(1))                                                         # [T, width]
+    def split_heads(self, x):
+        """[T, W, width] -> [T, heads, W, d]"""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(self, x, valid):
+        """x [T, W, feature_size]: the W patches of each of T windows; valid [T, W], False where
+        there is no patch. Returns [T, width]."""
+        number = valid.sum(1)[:, None, None].clamp(min=1)
+        mean = x.sum(1, keepdim=True) / number                                # [T, 1, feature_size]
+        query = self.split_heads(self.q_proj(mean))                              # [T, heads, 1, d]
+        key = self.split_heads(self.k_proj(x))                                   # [T, heads, W, d]
+        value = self.split_heads(self.v_proj(x))
+        x = attention(query, key, value, valid[:, None, None])                   # [T, heads, 1, d]
+        return self.o_proj(x.flatten(1))
 
 
 class SwiGLU(nn.Module):
-    def __init__(self, inside, hidden, outside):
+    def __init__(self, in_features, hidden_features, out_features):
         super().__init__()
-        self.gate_proj = nn.Linear(inside, hidden, bias=False)
-        self.up_proj = nn.Linear(inside, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, outside, bias=False)
+        self.gate_proj = nn.Linear(in_features, hidden_features, bias=False)
+        self.up_proj = nn.Linear(in_features, hidden_features, bias=False)
+        self.down_proj = nn.Linear(hidden_features, out_features, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Connector(nn.Module):
-    """features [patches, C] of all crops, pool_index [T, W] into them (-1: nothing there) -> [T, width]."""
+    """From features of patches to visual tokens as wide as the decoder. A third kind of connector
+    would be added here, and to the choices of Config.connector."""
 
     def __init__(self, config):
         super().__init__()
-        inside, width = config.vision.feature_size, config.language.hidden_size
+        width = config.language.hidden_size
         self.kind = config.connector
         if self.kind == 'molmo2':
             self.image_pooling_2d = AttentionPooling(config)
             self.image_projector = SwiGLU(config.vision.hidden_size, config.connector_size, width)
         else:
-            self.linear_1 = nn.Linear(inside, width)
-            if self.kind == 'mlp':
-                self.linear_2 = nn.Linear(width, width)
+            self.linear_1 = nn.Linear(config.vision.feature_size, width)
+        if self.kind == 'mlp':
+            self.linear_2 = nn.Linear(width, width)
 
     def forward(self, features, pool_index):
+        """features [patches of all crops, feature_size]; pool_index [T, W], the patches of each of
+        T visual tokens, -1 for none -> [T, width]."""
         valid = pool_index >= 0
         x = features.index_select(0, pool_index.clamp(min=0).flatten())
-        x = x.unflatten(0, pool_index.shape) * valid[..., None]                                  # [T, W, C]
+        x = x.unflatten(0, pool_index.shape) * valid[..., None]               # [T, W, feature_size]
         if self.kind == 'molmo2':
             return self.image_projector(self.image_pooling_2d(x, valid))
-        x = x.squeeze(1) if x.shape[1] == 1 else x.sum(1) / valid.sum(1, keepdim=True)           # [T, C]
+        if x.shape[1] == 1:
+            x = x.squeeze(1)                                                     # [T, feature_size]
+        else:
+            x = x.sum(1) / valid.sum(1, keepdim=True)
         x = self.linear_1(x)
-        return self.linear_2(F.gelu(x)) if self.kind == 'mlp' else x
+        if self.kind == 'mlp':
+            x = self.linear_2(F.gelu(x))
+        return x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Language: Qwen3 (technical report, arXiv 2505.09388; tensor for tensor as in transformers' qwen3)
 
-
 class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension (Zhang & Sennrich 2019)."""
+
     def __init__(self, width, eps):
         super().__init__()
         self.eps = eps
@@ -462,49 +456,68 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         if x.device.type == 'cpu' and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            from extra.kernels import RMSNormCPU           # the same in half the passes over memory
+            from extra.kernels import RMSNormCPU         # the same in half the passes over memory
             x = RMSNormCPU.apply(x, self.weight, self.eps)
         else:
-            # Outside autocast, because torch 2.13's casts queries and keys to float32 here and keeps those copies
+            # Without autocast, because torch 2.13's would cast queries and keys to float32 here and
+            # keep the copies
             with torch.autocast(autocast_device(x), enabled=False):
                 x = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-        return x.to(compute_dtype(x))      # once, rather than by each product that reads it
+        return x.to(compute_dtype(x))     # cast once, because several linear layers read the result
 
 
 def rotary_table(position_ids, head_dim, theta):
-    """cos and sin [B, L, 1, head_dim] of Su et al. 2021; dimension d turns together with d + head_dim / 2."""
-    frequency = theta ** -(torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim)
-    angle = position_ids[..., None, None].float() * frequency                                    # [B, L, 1, d / 2]
+    """Rotary positions (Su et al. 2021): cos and sin [B, L, 1, head_dim] of the angles by which
+    queries and keys are turned. Dimension i is turned together with dimension i + head_dim / 2, and
+    sin has the sign of each half in it."""
+    exponent = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
+    frequency = theta ** -exponent                                               # [head_dim / 2]
+    angle = position_ids[..., None, None].float() * frequency              # [B, L, 1, head_dim / 2]
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x, cos, sin):
-    """(a, b) -> (a cos - b sin, b cos + a sin) for the halves a, b of the last dimension; the table holds the sign."""
+    """With a and b the halves of x's last dimension: (a cos - b sin, b cos + a sin). The table has
+    the minus in it."""
     a, b = x.chunk(2, -1)
-    return (x * cos + torch.cat([b, a], -1) * sin).to(x.dtype)
+    swapped = torch.cat([b, a], -1)
+    return (x * cos + swapped * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        heads, kv_heads, d = config.num_heads, config.num_kv_heads, config.head_dim
+        d = config.head_dim
         self.head_dim = d
-        self.q_proj = nn.Linear(config.hidden_size, heads * d, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads * d, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads * d, bias=False)
-        self.o_proj = nn.Linear(heads * d, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, config.num_heads * d, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_kv_heads * d, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_kv_heads * d, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * d, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(d, config.rms_norm_eps)
         self.k_norm = RMSNorm(d, config.rms_norm_eps)
 
-    def forward(self, x, rotary, mask, extend=None, rows=None):
-        query, key, value = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))
-        query, key = rotate(self.q_norm(query), *rotary), rotate(self.k_norm(key), *rotary)      # [B, L, heads, d]
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))                     # [B, heads, L, d]
-        if extend is not None:
-            key, value = extend(key, value)
-        x = attention(query, key, value, mask).transpose(1, 2).flatten(2)                        # [B, L, heads x d]
-        return self.o_proj(x if rows is None else x.flatten(0, 1).index_select(0, rows))
+    def forward(self, x, rotary, mask, update_cache=None, output_positions=None):
+        """x [B, L, width] -> [B, L, width], or [N, width] of the `output_positions` (see Decoder).
+
+        update_cache(key, value), when answers are generated, stores the new keys and values [B,
+        kv_heads, L, d] and returns those to attend to.
+        """
+        query = self.q_proj(x).unflatten(-1, (-1, self.head_dim))                # [B, L, heads, d]
+        key = self.k_proj(x).unflatten(-1, (-1, self.head_dim))                # [B, L, kv_heads, d]
+        value = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        query = rotate(self.q_norm(query), *rotary)
+        key = rotate(self.k_norm(key), *rotary)
+        query = query.transpose(1, 2)                                            # [B, heads, L, d]
+        key = key.transpose(1, 2)
+        value = value.transpose(1, 2)
+        if update_cache is not None:
+            key, value = update_cache(key, value)
+        x = attention(query, key, value, mask)
+        x = x.transpose(1, 2).flatten(2)                                         # [B, L, heads x d]
+        if output_positions is not None:
+            x = x.flatten(0, 1).index_select(0, output_positions)                # [N, heads x d]
+        return self.o_proj(x)
 
 
 class Block(nn.Module):
@@ -515,56 +528,230 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.hidden_size)
 
-    def forward(self, x, rotary, mask, extend=None, rows=None, dropout=0.):
-        attended = self.self_attn(self.input_layernorm(x), rotary, mask, extend, rows)
-        x = (x if rows is None else x.flatten(0, 1).index_select(0, rows)) + F.dropout(attended, dropout)
+    def forward(self, x, rotary, mask, dropout=0., update_cache=None, output_positions=None):
+        attended = self.self_attn(self.input_layernorm(x), rotary, mask, update_cache, output_positions)
+        if output_positions is not None:
+            x = x.flatten(0, 1).index_select(0, output_positions)                # [N, width]
+        x = x + F.dropout(attended, dropout)
         return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), dropout)
 
 
 class Decoder(nn.Module):
-    """x [B, L, width] of embeddings -> hidden states after the final norm, of all or of flat places `rows` [N, width].
+    """Embeddings -> hidden states after the final norm.
 
-    With `rows` the last block drops the other tokens once they have been attended to: nobody reads what they become.
-    `recompute` = n > 0 keeps only the inputs of every n-th block for the backward pass and computes the rest again.
-    `dropout` is the share of what a block adds that is dropped in training.
+    `checkpoint_every` is activation checkpointing, as in `is_checkpointed`; `dropout` is the share
+    of what each block adds that is dropped in training.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.recompute, self.dropout = 0, 0.
+        self.checkpoint_every = 0
+        self.dropout = 0.
         self.embed_tokens = nn.Embedding(config.vocab_size + config.extra_vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, position_ids, mask, extend=None, rows=None):
-        rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta)
-        rotary = [t.to(compute_dtype(x)) for t in rotary]   # as queries and keys: no wider products, no copies
+    def forward(self, x, position_ids, mask, cache=None, output_positions=None):
+        """x [B, L, width] -> [B, L, width], or [N, width] of the tokens at `output_positions` [N]
+        of the flattened B x L.
+
+        With output_positions the last block attends over all tokens but runs its output projection
+        and its MLP for these alone, because no other output is used. cache.update(layer, key,
+        value) stores keys and values (extra/engine.py).
+        """
+        cos, sin = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta)
+        # Cast to the dtype of queries and keys: float32 tables would promote every rotation and
+        # cast back in each layer
+        rotary = [cos.to(compute_dtype(x)), sin.to(compute_dtype(x))]
         dropout = self.dropout if self.training else 0.
         for i, block in enumerate(self.layers):
-            keep = rows if i == len(self.layers) - 1 else None
-            if runs_again(self.recompute, i):
-                x = checkpoint(block, x, rotary, mask, None, keep, dropout, use_reentrant=False)
+            is_last = i == len(self.layers) - 1
+            positions = output_positions if is_last else None
+            if is_checkpointed(self.checkpoint_every, i):
+                x = checkpoint(block, x, rotary, mask, dropout, None, positions, use_reentrant=False)
+            elif cache is not None:
+                def update_cache(key, value, layer=i):
+                    return cache.update(layer, key, value)
+                x = block(x, rotary, mask, dropout, update_cache, positions)
             else:
-                x = block(x, rotary, mask, extend and partial(extend, i), keep, dropout)
+                x = block(x, rotary, mask, dropout, None, positions)
         return self.norm(x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# What goes through the model at once
+
+@dataclass
+class Batch:
+    """B rows of L tokens, and the pictures among them. This is all that data and model know of one
+    another.
+
+    A row holds one or several documents, one after the other (packing), and may end in padding. A
+    document is a message tree: a prefix that all its conversations share, its pictures above all,
+    and then the conversations as branches, each of which attends to the prefix and to itself:
+
+        tokens        <img> <img> <img> | user Q1 assistant A1 | user Q2 assistant A2 | pad
+        document_ids    0     0     0       0   0     0     0      0   0     0     0    -1
+        branch_ids      0     0     0       1   1     1     1      2   2     2     2     0
+        position_ids    0     1     2       3   4     5     6      3   4     5     6     0
+    """
+    tokens: torch.Tensor = None        # [B, L] int64
+    position_ids: torch.Tensor = None  # [B, L] int64: a branch goes on from the end of its document's prefix
+    document_ids: torch.Tensor = None  # [B, L] int64: 0, 1, .. in each row; -1 for padding
+    branch_ids: torch.Tensor = None    # [B, L] int64: 0 for a document's prefix, 1, 2, .. for its branches
+    causal: bool = False               # each row is one document with at most one branch: plain causal attention will do
+    # -- what is learnt; a prompt needs none of it
+    targets: torch.Tensor = None       # [B, L] int64: the token to predict at each place, which is the next one
+    loss_weights: torch.Tensor = None  # [B, L] float32: what that prediction weighs in the loss; 0 where there is none
+    loss_index: torch.Tensor = None    # [N] int64: the places with a loss weight, in the flattened B x L
+    loss_tasks: torch.Tensor = None  # [N] int64: the task of each of them, an index into data.TASKS
+    # -- pictures and frames of videos; None where a batch has none
+    patches: torch.Tensor = None       # [num_crops, num_patches, patch_dim] uint8: pixels of pictures, not normalised
+    grid: tuple = None                 # (rows, columns) of patches in each of these crops
+    frames: torch.Tensor = None        # likewise, for frames of videos when their size is not that of pictures
+    frame_grid: tuple = None
+    pool_index: torch.Tensor = None    # [num_visual_tokens, window] int64: the patches that a visual token pools, -1 for
+    #                                    none. The patches of `patches` are counted first, then those of `frames`
+    visual_index: torch.Tensor = None  # [num_visual_tokens] int64: the place of each, in the flattened B x L
+    # -- counted on the CPU, so that nobody has to ask the device
+    num_tokens: int = 0                # that are not padding
+    num_pairs: int = 0                 # of tokens of which one attends to the other
+    total_weight: float = 0.           # sum of loss_weights
+    rows: tuple = ()                   # (data set, row) of each example, for messages
+    # -- when several ranks share each row (context parallelism, parallel.py)
+    row_tokens: torch.Tensor = None    # [B, whole L]: the tokens of whole rows, when `tokens` are a piece of them; then
+    #                                    document_ids and branch_ids are those of whole rows, too
+
+    def to(self, device):
+        """This batch with its tensors on another device; copies from pinned memory overlap what the
+        device does."""
+        return self._with_tensors(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self):
+        return self._with_tensors(lambda x: x.pin_memory())
+
+    def _with_tensors(self, function):
+        changed = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if torch.is_tensor(value):
+                changed[field.name] = function(value)
+        return replace(self, **changed)
+
+
+# --------------------------------------------------------------------------------------------------
+# Who attends to whom
+
+def mask_rule(document_ids, branch_ids, visual=None):
+    """attends(row, head, i, j): does query i of a row attend to key j? In the form that
+    FlexAttention takes (a mask_mod).
+
+    Yes when both are of one document; and j <= i (or, where `visual` is given, both are visual
+    tokens: the molmo2 recipe); and j is in the document's prefix or on i's own branch.
+    """
+    def attends(b, head, i, j):
+        in_order = j <= i
+        if visual is not None:
+            in_order = in_order | (visual[b, i] & visual[b, j])
+        same_document = document_ids[b, i] == document_ids[b, j]
+        in_prefix = branch_ids[b, j] == 0
+        same_branch = branch_ids[b, i] == branch_ids[b, j]
+        return same_document & in_order & (in_prefix | same_branch)
+    return attends
+
+
+def dense_mask(document_ids, branch_ids, visual=None):
+    """`mask_rule` for all pairs: boolean [B, 1, L, L]. This is the plain form of every mask.
+
+    document_ids, branch_ids [B, L] int64; visual [B, L] bool, or None. Padding is document -1 and
+    attends to itself, so that no softmax is over nothing.
+    """
+    B, L = document_ids.shape
+    b = torch.arange(B, device=document_ids.device)[:, None, None]
+    i = torch.arange(L, device=document_ids.device)[:, None]
+    j = torch.arange(L, device=document_ids.device)
+    attends = mask_rule(document_ids, branch_ids, visual)
+    return attends(b, None, i, j)[:, None]
+
+
+def choose_attention(recipe, device, causal, fast=True):
+    """The form in which rows attend; all who need to know ask here. A new kernel would be chosen
+    here, made in `VLM.make_mask`, and computed by its method `attend`.
+
+    causal    SDPA's own causal mask, because rows of one conversation need no other
+    dense     SDPA with `dense_mask`: the plain form, and what is left where nothing faster is known
+    pieces    PackedTreeAttention: on a CPU a dense mask skips no work, so a row is cut into small dense pieces
+    flex      FlexAttention: on CUDA a dense mask of a long row would be gigabytes, so the rule is compiled into the kernel
+    """
+    if causal and recipe == 'nano':
+        return 'causal'
+    if not fast:
+        return 'dense'
+    if device.type == 'cuda':
+        return 'flex'
+    if device.type == 'cpu' and recipe == 'nano':
+        return 'pieces'
+    return 'dense'
+
+
+# --------------------------------------------------------------------------------------------------
 # The whole
 
-class VLM(nn.Module):
-    """See, connect, talk. A batch is a dict of tensors (data.py makes them; B rows of L tokens):
+def plain_loss(hidden, output_weight, targets, loss_weights, z_loss=0.):
+    """The loss, as plainly as it can be said; `chunked_loss` in extra/kernels.py computes the same
+    in less memory.
 
-    tokens, targets, loss_weights, position_ids, document_ids, branch_ids [B, L]
-    patches [num_crops, num_patches, patch_dim] uint8      grid (rows, columns) of patches in a crop
-    frames, frame_grid                                     likewise, of crops of another size: frames of videos
-    pool_index [num_visual_tokens, window]                 patches of each visual token, -1 for none; first those of all
-                                                           patches are counted, then those of all frames
-    visual_index [num_visual_tokens]                       its place in the flattened B x L tokens
-    loss_index [num_loss_tokens]                           flat places with a loss weight
-    causal bool                                            no branches and one document a row: the mask is plain
+    hidden [N, width] of the tokens that have a loss, output_weight [vocabulary, width], targets
+    [N], loss_weights [N]. Returns (sum of loss_weights * (cross entropy + z_loss * log(sum of
+    exp(logits))^2), cross entropy of each token [N]). z_loss keeps logits near 0 (PaLM, Chowdhery
+    et al. 2022, section 5).
     """
+    logits = F.linear(hidden, output_weight.to(hidden.dtype)).float()            # [N, vocabulary]
+    nll = F.cross_entropy(logits, targets, reduction='none')
+    log_total = logits.logsumexp(-1)
+    loss = (nll + z_loss * log_total.square()) * loss_weights
+    return loss.sum(), nll.detach()
+
+
+def sample_token(logits, temperature, top_k, top_p, generator):
+    """logits [B, vocabulary] -> token ids [B]. Temperature 0 takes the likeliest token. top_k keeps
+    so many likeliest tokens, 0 all; top_p keeps the smallest set of tokens whose probabilities
+    reach it."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p < 1:
+        values, order = logits.sort(-1, descending=True)
+        probabilities = values.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        values = values.masked_fill(before >= top_p, -torch.inf)
+        logits = logits.scatter(1, order, values)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def sincos_positions(grid, width):
+    """[grid x grid, width]: sines and cosines of the row in one half, of the column in the other
+    (He et al. 2022, MAE)."""
+    frequency = 100 ** -(torch.arange(width // 4) / (width // 4))
+    angle = torch.arange(grid)[:, None] * frequency                              # [grid, width / 4]
+    one_axis = torch.cat([angle.sin(), angle.cos()], 1)                          # [grid, width / 2]
+    rows = one_axis.repeat_interleave(grid, 0)
+    columns = one_axis.repeat(grid, 1)
+    return torch.cat([rows, columns], 1)
+
+
+# Pixels are normalised as each tower was trained: (x / 255 - mean) / std, a number for each of red,
+# green and blue
+PIXEL_STATS = {'clip': ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+               'siglip': ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
+
+
+class VLM(nn.Module):
+    """A vision-language model: a function of its weights, its Config and a Batch."""
 
     def __init__(self, config):
         super().__init__()
@@ -575,32 +762,202 @@ class VLM(nn.Module):
         self.lm_head = None
         if not config.language.tie_word_embeddings:
             self.lm_head = nn.Linear(config.language.hidden_size, config.language.vocab_size, bias=False)
-        self.chunk = 1024                  # rows of logits alive at once
-        self.z_loss = 0.
-        self.loss_scale = 1.               # float16 has no numbers below 6e-8: gradients travel this much larger
-        self.always_see = False            # even where there is nothing to be seen: see `blank`
-        self.group = None                  # of the ranks that share each row, if there are (data.py, share_rows)
         self.set_buffers()
 
     def set_buffers(self, device=None):
-        """Constants, not weights: (pixel scale, pixel shift) [patch_dim] and the ids of visual tokens."""
+        """Constants, which are not weights: pixel scale and shift [patch_dim], and the ids of
+        visual tokens. They are set again after a model was built without memory
+        (torch.device('meta')), because `to_empty` leaves garbage in them."""
         device = device or self.vision_tower.embeddings.patch_embedding.weight.device
-        mean, std = torch.tensor(PIXEL_STATS[self.config.vision.style]).repeat(1, self.config.vision.patch_size ** 2)
+        stats = torch.tensor(PIXEL_STATS[self.config.vision.style])
+        mean, std = stats.repeat(1, self.config.vision.patch_size ** 2)          # [patch_dim] each
         self.register_buffer('pixel_scale', (1 / (255 * std)).to(device), persistent=False)
         self.register_buffer('pixel_shift', (-mean / std).to(device), persistent=False)
-        self.register_buffer('visual_ids', torch.tensor(self.config.visual_token_ids).to(device), persistent=False)
+        visual_ids = torch.tensor(self.config.visual_token_ids)
+        self.register_buffer('visual_ids', visual_ids.to(device), persistent=False)
+
+    # -- the forward pass
+
+    def normalize(self, patches):
+        """uint8 pixels -> what the tower was trained on. Pixels travel as bytes and are normalised
+        here, on the device, because bytes are a quarter of the size."""
+        x = patches * self.pixel_scale + self.pixel_shift
+        return x.to(self.vision_tower.embeddings.patch_embedding.weight.dtype)
+
+    def encode_images(self, batch, cp_group=None):
+        """The visual tokens of a batch [num_visual_tokens, width], in the order of
+        batch.visual_index."""
+        crops = []
+        if batch.patches is not None:
+            crops.append((self.normalize(batch.patches), tuple(batch.grid)))
+        if batch.frames is not None:
+            crops.append((self.normalize(batch.frames), tuple(batch.frame_grid)))
+        # A frozen tower needs no graph, and without this autograd would keep all of its activations
+        with torch.set_grad_enabled(self.vision_tower.is_trained() and torch.is_grad_enabled()):
+            features = self.vision_tower(crops)                        # [all patches, feature_size]
+            if cp_group is not None:
+                from parallel import AllGather       # each rank encoded its share of the crops, and all pool from all
+                features = AllGather.apply(features, cp_group)
+        return self.multi_modal_projector(features, batch.pool_index)
+
+    def embed(self, batch, cp_group=None):
+        """The embeddings of a batch [B, L, width], with its visual tokens in their places."""
+        x = self.language_model.embed_tokens(batch.tokens)
+        if batch.pool_index is not None:
+            visual = self.encode_images(batch, cp_group).to(x.dtype)
+            flat = x.flatten(0, 1)                                               # [B x L, width]
+            if self.config.recipe == 'nano':
+                flat = flat.index_copy(0, batch.visual_index, visual)
+            elif self.config.recipe == 'molmo2':
+                flat = flat.index_add(0, batch.visual_index, visual)
+            return flat.view_as(x)
+        if self.trains_on_pictures():
+            # Under DDP and FSDP all ranks must run the same modules, because they exchange
+            # gradients and weights in the same order. So a batch of text alone runs tower and
+            # connector on a dummy picture, times 0.
+            visual = self.encode_images(self.dummy_picture(), cp_group)
+            x = x + 0 * visual.sum().to(x.dtype)
+        return x
+
+    def trains_on_pictures(self):
+        connector_is_trained = any(p.requires_grad for p in self.multi_modal_projector.parameters())
+        return connector_is_trained or self.vision_tower.is_trained()
+
+    def dummy_picture(self):
+        """A batch of nothing but a black picture of one patch."""
+        device = self.pixel_scale.device
+        patch_dim = 3 * self.config.vision.patch_size ** 2
+        patches = torch.zeros(1, 1, patch_dim, dtype=torch.uint8, device=device)
+        pool_index = torch.zeros(1, self.config.pooling ** 2, dtype=torch.long, device=device)
+        return Batch(patches=patches, grid=(1, 1), pool_index=pool_index)
+
+    def make_mask(self, batch, fast=True, cp_group=None):
+        """The mask of a batch for all layers, in the form that `choose_attention` says."""
+        visual = None
+        if self.config.recipe == 'molmo2':
+            row_tokens = batch.tokens if batch.row_tokens is None else batch.row_tokens
+            visual = torch.isin(row_tokens, self.visual_ids)
+        form = choose_attention(self.config.recipe, batch.tokens.device, batch.causal, fast)
+        if form == 'causal':
+            mask = 'causal'
+        elif form == 'dense':
+            mask = dense_mask(batch.document_ids, batch.branch_ids, visual)
+        elif form == 'pieces':
+            from extra.kernels import PackedTreeAttention        # the mask as small dense pieces
+            mask = PackedTreeAttention(batch.document_ids, batch.branch_ids)
+        elif form == 'flex':
+            from extra.kernels import block_mask                 # the mask as compiled blocks
+            mask = block_mask(batch.document_ids, batch.branch_ids, visual)
+        if cp_group is not None:
+            from parallel import Ulysses                         # several ranks share these rows
+            mask = Ulysses(mask, cp_group)
+        return mask
+
+    def hidden_states(self, batch, output_positions=None, fast=True, cp_group=None):
+        """After the final norm: [B, L, width] of all tokens, or [N, width] of those at
+        `output_positions` [N]."""
+        x = self.embed(batch, cp_group)
+        mask = self.make_mask(batch, fast, cp_group)
+        return self.language_model(x, batch.position_ids, mask, output_positions=output_positions)
+
+    def output_weight(self):
+        """The matrix [vocabulary, width] that turns hidden states into logits: its own, or the
+        table of embeddings."""
+        if self.lm_head is not None:
+            return self.lm_head.weight
+        table = self.language_model.embed_tokens.weight
+        if self.config.language.extra_vocab_size:
+            table = table[:self.config.language.vocab_size]
+        return table
+
+    def logits(self, hidden):
+        return F.linear(hidden, self.output_weight().to(hidden.dtype))
+
+    def forward(self, batch, loss_scale=1., z_loss=0., fast=True, cp_group=None):
+        """The training loss of a batch: (sum over tokens of loss_weights * loss_scale * cross
+        entropy, the cross entropy of each token of batch.loss_index [N]). Logits are computed only
+        where there is a loss.
+
+        loss_scale: a factor of all weights (train.py, `backward`, says which). fast=False takes the
+        plain forms of attention and loss that stand in this file. cp_group: the process group of
+        the ranks that share these rows.
+        """
+        hidden = self.hidden_states(batch, batch.loss_index, fast, cp_group)            # [N, width]
+        targets = batch.targets.flatten()[batch.loss_index]
+        loss_weights = batch.loss_weights.flatten()[batch.loss_index] * loss_scale
+        if not fast:
+            return plain_loss(hidden, self.output_weight(), targets, loss_weights, z_loss)
+        from extra.kernels import chunked_loss       # the same, a chunk of logits at a time
+        return chunked_loss(hidden, self.output_weight(), targets, loss_weights, z_loss)
+
+    # -- answers
+
+    @torch.inference_mode()
+    def generate(self, batch, max_new_tokens, temperature=0., top_k=0, top_p=1., seed=0):
+        """The plain way to answer: every token is the likeliest (or a likely) one after all that
+        stands before it, which is encoded anew for each. `generate` in extra/engine.py gives the
+        same tokens from a cache, much sooner.
+
+        The rows of the batch have no padding and end where their answers begin. Yields the next
+        tokens [B] until all answers have ended with eos_token_id; -1 for one that has ended before.
+        """
+        device = batch.tokens.device
+        generator = torch.Generator(device).manual_seed(seed)
+        ended = torch.zeros(len(batch.tokens), dtype=torch.bool, device=device)
+        for _ in range(max_new_tokens):
+            hidden = self.hidden_states(batch, fast=False)[:, -1]                # [B, width]
+            logits = self.logits(hidden).float()
+            token = sample_token(logits, temperature, top_k, top_p, generator)   # [B]
+            yield token.masked_fill(ended, -1)
+            ended = ended | (token == self.config.eos_token_id)
+            if ended.all():
+                return
+            batch = replace(batch, tokens=torch.cat([batch.tokens, token[:, None]], 1),
+                            position_ids=torch.cat([batch.position_ids, batch.position_ids[:, -1:] + 1], 1),
+                            document_ids=torch.cat([batch.document_ids, batch.document_ids[:, -1:]], 1),
+                            branch_ids=torch.cat([batch.branch_ids, batch.branch_ids[:, -1:]], 1))
+
+    # -- weights
+
+    def parts(self):
+        """{part: its parameters}: the three parts that have a learning rate each. A tied table
+        belongs to language."""
+        head = [] if self.lm_head is None else list(self.lm_head.parameters())
+        return {'vision': list(self.vision_tower.parameters()),
+                'connector': list(self.multi_modal_projector.parameters()),
+                'language': list(self.language_model.parameters()) + head}
+
+    def blocks(self):
+        return [*self.vision_tower.encoder['layers'], *self.language_model.layers]
+
+    def set_trained(self, settings):
+        """Switches gradients on for the parts whose train_* setting is on, and off for the others.
+        """
+        for part, parameters in self.parts().items():
+            for p in parameters:
+                p.requires_grad_(settings[f'train_{part}'])
+        train_table = settings['train_language'] and settings['train_embedding']
+        self.language_model.embed_tokens.requires_grad_(train_table)
 
     @torch.no_grad()
     def init_weights(self, seed=0):
-        """Random weights for training from nothing. Norms 1, biases 0, decoder N(0, 0.02) as Qwen3's own configuration.
+        """Random weights for training from nothing, drawn on the CPU, so that any device and any
+        share of the parameters gets the same numbers:
 
-        The tower is what learns slowest from few pictures. It starts with matrices that keep a vector's length
-        (N(0, 1 / inputs)), patches louder than positions, blocks that are the identity (their last matrices are 0), and
-        positions as sines that a linear layer can read.
+            biases                                             0
+            norms                                              1
+            decoder and tables of embeddings                   normal, std 0.02, as Qwen3's own configuration says
+            the last matrix of each branch of a vision block   0, so that a block begins as the identity
+            patch embedding                                    normal, std 0.2: patches louder than positions
+            table of positions of the tower                    sines and cosines, which a linear layer can read
+            other matrices of tower and connector              normal, std 1 / sqrt(inputs), which keeps a vector's length
+
+        The tower starts so well prepared because it is what learns slowest from few pictures.
         """
-        generator, grid = torch.Generator().manual_seed(seed), self.vision_tower.embeddings.grid
+        generator = torch.Generator().manual_seed(seed)
+        grid = self.vision_tower.embeddings.grid
         for name, p in self.named_parameters():
-            x = torch.zeros(p.shape, device='cpu')         # the same numbers on any device and for any share of them
+            x = torch.zeros(p.shape, device='cpu')
             if name.endswith(('bias', 'out_proj.weight', 'fc2.weight')):
                 pass
             elif 'norm' in name:
@@ -613,108 +970,86 @@ class VLM(nn.Module):
                 x.normal_(0, p.shape[1] ** -.5, generator=generator)
             if name.endswith('position_embedding.weight'):
                 x[-grid * grid:] = sincos_positions(grid, x.shape[1])
-            mine, first = held(p)
-            mine.copy_(x[first:first + len(mine)])
-
-    def parts(self):
-        """name -> parameters, in the three parts that have a learning rate of their own. The tied table is language."""
-        head = [] if self.lm_head is None else list(self.lm_head.parameters())
-        return {'vision': list(self.vision_tower.parameters()),
-                'connector': list(self.multi_modal_projector.parameters()),
-                'language': list(self.language_model.parameters()) + head}
-
-    def blocks(self):
-        return [*self.vision_tower.encoder['layers'], *self.language_model.layers]
-
-    def set_trained(self, settings):
-        """Gradients for the parts whose train_* setting is on, for the table of embeddings by train_embedding too."""
-        for part, parameters in self.parts().items():
-            for p in parameters:
-                p.requires_grad_(settings[f'train_{part}'])
-        self.language_model.embed_tokens.requires_grad_(settings['train_language'] and settings['train_embedding'])
-        self.always_see = settings['train_vision'] or settings['train_connector']
-
-    def see(self, batch):
-        """uint8 patches and frames -> visual tokens [num_visual_tokens, width]."""
-        weight = self.vision_tower.embeddings.patch_embedding.weight
-        crops = [((batch[x] * self.pixel_scale + self.pixel_shift).to(weight.dtype), tuple(batch[grid]))
-                 for x, grid in (('patches', 'grid'), ('frames', 'frame_grid')) if x in batch]
-        with torch.set_grad_enabled(weight.requires_grad and torch.is_grad_enabled()):
-            features = self.vision_tower(crops)                                                  # [all patches, C]
-            if self.group is not None:
-                from parallel import AllGather             # each rank encoded its share of the crops
-                features = AllGather.apply(features, self.group)
-        return self.multi_modal_projector(features, batch['pool_index'])
-
-    def embed(self, batch):
-        """Token embeddings [B, L, width] with the visual tokens in their places."""
-        x = self.language_model.embed_tokens(batch['tokens'])
-        if 'pool_index' in batch:
-            seen = self.see(batch).to(x.dtype)
-            flat, where = x.flatten(0, 1), batch['visual_index']
-            flat = flat.index_add(0, where, seen) if self.config.recipe == 'molmo2' else flat.index_copy(0, where, seen)
-            x = flat.view_as(x)
-        elif self.always_see:
-            x = x + 0 * self.see(self.blank()).sum().to(x.dtype)
-        return x
-
-    def blank(self):
-        """A black picture of one patch. Where tower or connector are trained, text alone sees it times nothing: their
-        gradients are then zero and not missing, and ranks that did see pictures do not wait in vain for this one."""
-        dev, v = self.pixel_scale.device, self.config.vision
-        return {'patches': torch.zeros(1, 1, 3 * v.patch_size ** 2, dtype=torch.uint8, device=dev), 'grid': (1, 1),
-                'pool_index': torch.zeros(1, self.config.pooling ** 2, dtype=torch.long, device=dev)}
-
-    def mask(self, batch):
-        visual = None
-        if self.config.recipe == 'molmo2':
-            visual = torch.isin(batch.get('row_tokens', batch['tokens']), self.visual_ids)
-        if visual is None and batch['causal']:
-            mask = 'causal'
-        elif visual is None and batch['tokens'].device.type == 'cpu':
-            from extra.kernels import Segments             # the mask as small dense pieces
-            mask = Segments(batch['document_ids'], batch['branch_ids'])
-        else:
-            mask = make_mask(batch['document_ids'], batch['branch_ids'], visual)
-        if self.group is None:
-            return mask
-        from parallel import Ulysses                       # rows shared by several ranks
-        return Ulysses(mask, self.group)
-
-    def hidden(self, batch, rows=None):
-        """Hidden states [B, L, width] of every token, or of `rows` of the flattened B x L tokens alone."""
-        return self.language_model(self.embed(batch), batch['position_ids'], self.mask(batch), rows=rows)
-
-    def output_weight(self):
-        if self.lm_head is not None:
-            return self.lm_head.weight
-        table = self.language_model.embed_tokens.weight
-        return table[:self.config.language.vocab_size] if self.config.language.extra_vocab_size else table
-
-    def logits(self, hidden, linear=F.linear):
-        return linear(hidden, self.output_weight().to(hidden.dtype))
-
-    def forward(self, batch):
-        """The training loss: (sum of loss_weights x loss_scale x cross entropy, cross entropy of each of loss_index)."""
-        where = batch['loss_index']
-        targets, weights = (batch[k].flatten()[where] for k in ('targets', 'loss_weights'))
-        from extra.kernels import WeightedCrossEntropy     # with its gradient in one pass, a chunk at a time
-        return WeightedCrossEntropy.apply(self.hidden(batch, where), self.output_weight(), targets,
-                                          weights * self.loss_scale, self.chunk, self.z_loss)
+            shard, first = local_shard(p)
+            shard.copy_(x[first:first + len(shard)])
 
 
-def held(p):
-    """(the rows of a parameter that this process holds, the first one's number): all, or FSDP's share."""
-    if not hasattr(p, 'full_tensor'):        # a DTensor, whose module takes a second to load
+# --------------------------------------------------------------------------------------------------
+# Devices, dtypes, sharded parameters, files
+
+def pick_device(name='auto'):
+    """The device of that name, or the fastest one there is, made ready for use."""
+    if name == 'auto':
+        name = 'cpu'
+        if torch.backends.mps.is_available():
+            name = 'mps'
+        if torch.cuda.is_available():
+            name = 'cuda'
+    device = torch.device(name)
+    if device.type == 'cuda':
+        # torch prefers cuDNN's attention on Hopper, which builds a plan for every new shape (half a
+        # second each, and our numbers of crops and lengths of prompts keep changing). Flash
+        # attention is as fast for them and builds nothing.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
+
+
+def pick_dtype(name, device):
+    """The dtype that matrix products are computed in while weights stay wider (mixed precision).
+    'auto': bfloat16 where the hardware multiplies it (CUDA from Ampere on, CPUs with AVX512-BF16),
+    else float32."""
+    names = ('bfloat16', 'float16', 'float32')
+    if name in names:
+        return getattr(torch, name)
+    if name != 'auto':
+        raise UserError(f"dtype = '{name}' is not one of auto, {', '.join(names)}")
+    fast = False
+    if device.type == 'cpu':
+        fast = getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)()
+    if device.type == 'cuda':
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def pick_weights_dtype(name, device):
+    """The dtype of weights that answer and are not trained. 'auto': bfloat16 on CUDA, because
+    attention in float32 has no flash kernel there and would hold every score of a long prompt at
+    once; float32 elsewhere."""
+    if name == 'auto' and device.type != 'cuda':
+        return torch.float32
+    return pick_dtype(name, device)
+
+
+def autocast_device(x):
+    """The type of x's device, for autocast, which does not know meta tensors."""
+    return 'cpu' if x.is_meta else x.device.type
+
+
+def compute_dtype(x):
+    """The dtype of x's matrix products: autocast's inside autocast, else x's own."""
+    device = autocast_device(x)
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def local_shard(p):
+    """(the rows of a parameter that this process holds, the number of the first one): all of them,
+    or FSDP's share."""
+    if not hasattr(p, 'full_tensor'):                    # a sharded parameter is a DTensor, whose module is slow to load
         return p, 0
     dim = next(i for i, placement in enumerate(p.placements) if placement.is_shard())
-    rows = -(-len(p) // p.device_mesh.size(dim))           # as torch.chunk deals them out: the last may get none
-    return p.to_local(), min(len(p), rows * p.device_mesh.get_local_rank(dim))
+    rows = -(-len(p) // p.device_mesh.size(dim))         # rounded up, as torch.chunk does: the last rank may get none
+    first = min(len(p), rows * p.device_mesh.get_local_rank(dim))
+    return p.to_local(), first
 
 
-def whole(p):
-    """A parameter, gradient or norm as one tensor; of a sharded one all ranks must ask together."""
-    return p.detach().full_tensor() if hasattr(p, 'full_tensor') else p.detach()
+def full_tensor(p):
+    """A parameter, a gradient or a norm as one tensor. All ranks must call this together for a
+    sharded one, because each holds a part of it."""
+    if hasattr(p, 'full_tensor'):
+        return p.detach().full_tensor()
+    return p.detach()
 
 
 def read_json(path):
@@ -726,25 +1061,9 @@ def read_json(path):
         raise UserError(f"{path} is not valid JSON ({e})") from None
 
 
-def compile_blocks(model, memory_budget=1., **how):
-    """Compiles each block, to keep that share of its activations for the backward pass. Not what is around them, nor
-    attention in pieces: both differ from batch to batch, or compile what they call themselves."""
-    from torch._functorch import config
-    config.activation_memory_budget = memory_budget
-    # A block is compiled once for each kind of call: training or not, dense, causal or block mask, all tokens or those
-    # with a loss, row lengths. Beyond torch's limit of 8 kinds it would run uncompiled from then on, without an error.
-    torch._dynamo.config.recompile_limit = 64
-    from extra.kernels import Segments
-    from parallel import Ulysses
-    for owner, name in ((Segments, 'attend'), (Ulysses, 'attend'), (sys.modules[__name__], 'crop_attention')):
-        setattr(owner, name, torch.compiler.disable(getattr(owner, name)))
-    for block in model.blocks():
-        block.compile(**how)
-
-
 if __name__ == '__main__':
     try:
-        from extra.plan import main          # tables of parameters and memory
+        from extra.plan import main                      # tables of parameters and memory
         main()
     except UserError as e:
         sys.exit(f'error: {e}')

@@ -1,10 +1,11 @@
 """`bench.py --gpu`: what a GPU makes of this code, a line of JSON a finding, most important first.
 
-Each part has its own time and its own failure (timed_parts.py). Sizes are those of config/stage1.py and config/stage3.py
-with random weights and made-up full rows. On a CPU the same code runs at toy sizes, which shows that it runs.
+Each part has its own time and its own failure (timed_parts.py). Sizes are those of config/stage1.py
+and config/stage3.py with random weights and made-up full rows. On a CPU the same code runs at toy
+sizes, which shows that it runs.
 
-A rate is what the work needs by counting divided by the time; `share` is that over the device's peak in bfloat16. Medians
-of several runs after a warm-up. What compiles is compiled before.
+A rate is what the work needs by counting divided by the time; `share` is that over the device's
+peak in bfloat16. Medians of several runs after a warm-up. What compiles is compiled before.
 """
 import inspect
 import json
@@ -23,12 +24,11 @@ import torch.nn.functional as F
 
 import bench
 import model as m
-import train
 from configurator import configure, train_settings
-from data import collate, to_device
-from extra.plan import memory_estimate, planned_model
-from extra.kernels import WeightedCrossEntropy
-from extra.engine import KVCache, Stepper, generate
+from model import Batch
+from extra.engine import DecodeStep, KVCache, generate
+from extra.kernels import FLEX_OPTIONS, ChunkedLoss, block_mask
+from extra.plan import flops, peak_flops, planned_model
 
 CUDA = torch.cuda.is_available()
 DEVICE = m.pick_device()
@@ -61,7 +61,7 @@ def milliseconds(run, repeats=8, warm_up=2):
 
 
 def share_of_peak(flops_per_second):
-    peak = train.peak_flops(DEVICE)
+    peak = peak_flops(DEVICE)
     return flops_per_second / peak if peak else 0.
 
 
@@ -69,7 +69,7 @@ def settings_of(config, *more):
     return configure(train_settings(), [str(ROOT / config), *TOY, *more])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The machine
 
 def machine(say):
@@ -100,12 +100,12 @@ def products(say):
         say('product', shape=name, **rates)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attention
 
 def packed_ids(rows, length, long_document=0):
-    """(document_ids, branch_ids, pairs that see each other) of full rows: documents of a picture of 144 tokens with three
-    conversations; if asked for, first one of a long shared part."""
+    """(document_ids, branch_ids, pairs that see each other) of full rows: documents of a picture of
+    144 tokens with three conversations; if asked for, first one of a long shared part."""
     rng = np.random.default_rng(0)
     documents, branches = np.full((rows, length), -1), np.zeros((rows, length), np.int64)
     pairs = 0
@@ -148,7 +148,8 @@ def time_attention(say, name, attend, qkv, pairs, **found):
 
 
 def attention_of_stage1(say):
-    """Eight rows of short documents: FlexAttention as it is used, with faster options, and trees as varlen segments."""
+    """Eight rows of short documents: FlexAttention as it is used, with faster options, and trees as
+    varlen segments."""
     rows, length = (8, 4096) if CUDA else (1, 256)
     documents, branches, pairs = packed_ids(rows, length)
     qkv = queries_keys_values(rows, length)
@@ -160,7 +161,8 @@ def attention_of_stage1(say):
 
 
 def attention_of_stage3(say):
-    """A row with a long video: FlexAttention, and the video's own square by cuDNN with the rest by FlexAttention."""
+    """A row with a long video: FlexAttention, and the video's own square by cuDNN with the rest by
+    FlexAttention."""
     rows, length, long_document = (1, 36864, 24576) if CUDA else (1, 256, 128)
     documents, branches, pairs = packed_ids(rows, length, long_document)
     qkv = queries_keys_values(rows, length)
@@ -184,19 +186,19 @@ def dense_causal(say, qkv, shape):
 
 def flex(say, qkv, documents, branches, pairs, shape):
     from torch.nn.attention.flex_attention import flex_attention
-    torch._dynamo.reset()                    # each shape compiled for itself, as in a run of its own
-    m._flex_attention = None
-    mask = m.make_mask(documents, branches)
-    say('mask', shape=shape, ms=milliseconds(lambda: m.make_mask(documents, branches)), sparsity=float(mask.sparsity()))
+    torch._dynamo.reset()                   # each shape compiled for itself, as in a run of its own
+    mask = block_mask(documents, branches)
+    say('mask', shape=shape, ms=milliseconds(lambda: block_mask(documents, branches)), sparsity=float(mask.sparsity()))
     time_attention(say, 'FlexAttention', lambda: m.attention(*qkv, mask), qkv, pairs, shape=shape)
     compiled = torch.compile(flex_attention)
-    options = {**m.FLEX_OPTIONS, 'ROWS_GUARANTEED_SAFE': True, 'PRESCALE_QK': True}
+    options = {**FLEX_OPTIONS, 'ROWS_GUARANTEED_SAFE': True, 'PRESCALE_QK': True}
     time_attention(say, 'FlexAttention, rows never empty, scaled before',
                    lambda: compiled(*qkv, block_mask=mask, enable_gqa=True, kernel_options=options), qkv, pairs, shape=shape)
 
 
 def varlen(say, qkv, documents, branches, pairs, shape):
-    """Every stretch of one document and branch is a sequence whose keys are the shared part and its own tokens."""
+    """Every stretch of one document and branch is a sequence whose keys are the shared part and its
+    own tokens."""
     from torch.nn.attention.varlen import varlen_attn
     rows, length = documents.shape
     document = (documents + 1000 * torch.arange(rows, device=DEVICE)[:, None]).flatten().cpu().numpy()
@@ -220,14 +222,15 @@ def varlen(say, qkv, documents, branches, pairs, shape):
                           window_size=(-1, 0), **grouped)
         return out.unflatten(0, (rows, length)).transpose(1, 2)
     time_attention(say, 'varlen, trees as sequences', attend, qkv, pairs, shape=shape)
-    mask = m.make_mask(documents, branches)
+    mask = block_mask(documents, branches)
     with torch.no_grad():
         ours, expected = attend().float(), m.attention(*qkv, mask).float()
     say('varlen beside FlexAttention', difference=((ours - expected).norm() / expected.norm()).item())
 
 
 def split(say, qkv, documents, branches, pairs, shape, n):
-    """The first n tokens, a plain causal square, by cuDNN; the row's other queries by FlexAttention over all keys."""
+    """The first n tokens, a plain causal square, by cuDNN; the row's other queries by FlexAttention
+    over all keys."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     query, key, value = qkv
@@ -241,17 +244,18 @@ def split(say, qkv, documents, branches, pairs, shape, n):
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             first = F.scaled_dot_product_attention(query[:, :, :n], key[:, :, :n], value[:, :, :n], is_causal=True,
                                                    enable_gqa=True)
-        rest = compiled(query[:, :, n:], key, value, block_mask=mask, enable_gqa=True, kernel_options=m.FLEX_OPTIONS)
+        rest = compiled(query[:, :, n:], key, value, block_mask=mask, enable_gqa=True, kernel_options=FLEX_OPTIONS)
         return torch.cat([first, rest], 2)
     time_attention(say, 'long document by cuDNN, the rest by FlexAttention', attend, qkv, pairs, shape=shape)
-    whole = m.make_mask(documents, branches)
+    whole = block_mask(documents, branches)
     with torch.no_grad():
         ours, expected = attend().float(), m.attention(*qkv, whole).float()
     say('split beside FlexAttention', difference=((ours - expected).norm() / expected.norm()).item())
 
 
 def attention_of_the_tower(say):
-    """577 patches a crop. The first call of a new number of crops tells what a library prepares for each shape."""
+    """577 patches a crop. The first call of a new number of crops tells what a library prepares for
+    each shape."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     for crops in (96, 97, 98) if CUDA else (2,):
         qkv = [torch.randn(crops, 577, 16, 64, device=DEVICE, dtype=DTYPE).transpose(1, 2) for _ in range(3)]
@@ -267,28 +271,16 @@ def attention_of_the_tower(say):
         say('attention of the tower', crops=crops, **found)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A training step
 
 def one_step(say, config, note, *more, repeats=3):
-    """A step of a config by train.py's own functions: time, MFU, and peak memory beside the estimate."""
+    """A step of a config by train.py's own functions: time, MFU, and peak memory beside the
+    estimate."""
     torch._dynamo.reset()
-    m._flex_attention = None
     settings = settings_of(config, *more)
-    vars(train).update(settings, settings=settings)
-    model = train.set_trained(planned_model(settings)).to_empty(device=DEVICE)
-    model.set_buffers(DEVICE)
-    bench.random_weights(model)
-    if settings['compile']:
-        m.compile_blocks(model)
-    optimizers = train.make_optimizers(model.train())
-    rows = bench.made_up_rows(settings, bench.shapes_of(settings, model), np.random.default_rng(0))
-    batch = to_device(collate(rows, bench.shapes_of(settings, model), settings['seq_len']), DEVICE)
-    autocast = torch.autocast(DEVICE.type, DTYPE)
-
-    def step():
-        train.backward(model, model, [batch], autocast)
-        train.step_optimizers(optimizers, 0)
+    step = bench.FullSizeStep(settings, DEVICE, DTYPE)
+    batch = step.batch
     start = time.perf_counter()
     step()
     synchronize()
@@ -296,14 +288,11 @@ def one_step(say, config, note, *more, repeats=3):
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     seconds = milliseconds(step, repeats, 1) / 1e3
-    patches = sum(batch[x].shape[0] * batch[x].shape[1] for x in ('patches', 'frames') if x in batch)
-    estimate = memory_estimate(model, len(rows), settings['seq_len'], settings['recompute'], DTYPE, patches / len(rows),
-                                 compiled=settings['compile'])
-    speed = train.flops(model, batch) / seconds
-    say('step', config=config, note=note, rows=len(rows), first_seconds=first, seconds=seconds,
-        tokens_a_second=batch['n_tokens'] / seconds, tflops=speed / 1e12, mfu=share_of_peak(speed),
-        peak_gb=torch.cuda.max_memory_allocated() / 1e9 if CUDA else 0., estimated_gb=estimate['total'] / 1e9,
-        patches=patches, loss_tokens=len(batch['loss_index']), pairs=batch['n_pairs'])
+    speed = flops(step.model, batch) / seconds
+    say('step', config=config, note=note, rows=len(step.rows), first_seconds=first, seconds=seconds,
+        tokens_a_second=batch.num_tokens / seconds, tflops=speed / 1e12, mfu=share_of_peak(speed),
+        peak_gb=torch.cuda.max_memory_allocated() / 1e9 if CUDA else 0., estimated_gb=step.estimate()['total'] / 1e9,
+        patches=step.patches(), loss_tokens=len(batch.loss_index), pairs=batch.num_pairs)
     if CUDA and os.environ.get('OUT'):       # a table of kernels, for whoever wants to know where the time went
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             step()
@@ -330,7 +319,8 @@ def step_of_stage3_compiled(say):
 
 
 def loss(say):
-    """The loss of 4,096 tokens and its gradients as the model computes them, and one chunk compiled."""
+    """The loss of 4,096 tokens and its gradients as the model computes them, and one chunk
+    compiled."""
     N, V, D = (4096, 151936, 1024) if CUDA else (64, 500, 32)
     hidden = torch.randn(N, D, device=DEVICE, dtype=DTYPE, requires_grad=True)
     weight = (torch.randn(V, D, device=DEVICE) * .02).requires_grad_()
@@ -339,7 +329,7 @@ def loss(say):
 
     def as_it_is(chunk):
         with torch.autocast(DEVICE.type, DTYPE):
-            WeightedCrossEntropy.apply(hidden, weight, targets, loss_weights, chunk, 0.)
+            ChunkedLoss.apply(hidden, weight, targets, loss_weights, chunk, 0.)
     for chunk in (1024, 4096):
         took = milliseconds(lambda chunk=chunk: as_it_is(chunk), 5)
         say('loss', chunk=chunk, ms=took, tflops=flops / took / 1e9)
@@ -361,7 +351,8 @@ def loss(say):
 
 
 def drawn_pictures():
-    """A folder with the data set `shapes`, drawn if it is not there yet. No clips, because those need PyAV."""
+    """A folder with the data set `shapes`, drawn if it is not there yet. No clips, because those
+    need PyAV."""
     world = ROOT / 'data' / 'gpu_check'
     few = ['--num=600', '--num_clocks=0', '--num_text=0', '--num_clips=0', '--num_validation=20']
     subprocess.run([sys.executable, 'prepare/shapes.py', f'--out={world}', *few], cwd=ROOT, check=True, capture_output=True)
@@ -369,7 +360,8 @@ def drawn_pictures():
 
 
 def data_waiting(say):
-    """train.py itself on drawn pictures at stage 1's sizes with eight readers: the share of a step that waits for data."""
+    """train.py itself on drawn pictures at stage 1's sizes with eight readers: the share of a step
+    that waits for data."""
     world, out = drawn_pictures(), Path(tempfile.gettempdir()) / 'gpu_bench_run'
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, 'train.py', 'config/stage1.py', '--vision_weights=', '--language_weights=',
@@ -388,11 +380,12 @@ def data_waiting(say):
     shutil.rmtree(out)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Answers
 
 def decoding(say):
-    """Greedy tokens of the decoder at Qwen3-0.6B's size, one answer and eight, and a step captured in a CUDA graph."""
+    """Greedy tokens of the decoder at Qwen3-0.6B's size, one answer and eight, and a step captured
+    in a CUDA graph."""
     model = planned_model(settings_of('config/stage1.py')).to(DTYPE).to_empty(device=DEVICE).eval()
     model.set_buffers(DEVICE)
     bench.random_weights(model)
@@ -401,7 +394,7 @@ def decoding(say):
     few, many = (16, 144) if CUDA else (2, 4)
     for answers in (1, 8):
         tokens = torch.randint(0, 1000, (answers, 64), device=DEVICE)
-        batch = dict(tokens=tokens, position_ids=torch.arange(64, device=DEVICE).expand(answers, 64), causal=True,
+        batch = Batch(tokens=tokens, position_ids=torch.arange(64, device=DEVICE).expand(answers, 64), causal=True,
                      document_ids=torch.zeros_like(tokens), branch_ids=torch.zeros_like(tokens))
         times = [milliseconds(lambda n=n: list(generate(model, batch, n)), 3, 1) for n in (few, many)]
         a_step = (times[1] - times[0]) / (many - few)
@@ -413,7 +406,7 @@ def decoding(say):
     cache = KVCache(config, 1, 512, DTYPE, DEVICE)
     cache.length = 256
     with torch.inference_mode():
-        stepper = Stepper(model.language_model, cache, None)
+        stepper = DecodeStep(model.language_model, cache, None)
         position = torch.tensor([[256]], device=DEVICE)
         cos, sin = (x.to(DTYPE) for x in m.rotary_table(position, config.head_dim, config.rope_theta))
         token = torch.zeros(1, dtype=torch.long, device=DEVICE)

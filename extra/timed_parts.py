@@ -1,12 +1,14 @@
-"""Runs the parts of a long check one by one, each within its own time, and prints a line of JSON for each finding.
+"""Runs the parts of a long check one by one, each within its own time, and prints a line of JSON
+for each finding.
 
     def products(say):                       # a part is a function that says what it finds
         say('product', name='qkv', tflops=612.)
 
     main([(products, 40), (attention, 90)], seconds=200)
 
-The parts run in a second process, because a wrong kernel leaves a GPU unusable for the process that started it, and may
-hang where no exception reaches. When a part dies or hangs, the others go on in a new process.
+The parts run in a second process, because a wrong kernel leaves a GPU unusable for the process that
+started it, and may hang where no exception reaches. When a part dies or hangs, the others go on in
+a new process.
 """
 import argparse
 import json
@@ -19,11 +21,12 @@ import threading
 import time
 import traceback
 
-GRACE = 15                         # seconds that a part may take beyond its time before its process is killed
+GRACE = 15               # seconds that a part may take beyond its time before its process is killed
 
 
 class OutOfTime(BaseException):
-    """Not an Exception, because a part that catches what its kernels raise must not go on after its time."""
+    """Not an Exception, because a part that catches what its kernels raise must not go on after its
+    time."""
 
 
 def _out_of_time(*_):
@@ -55,7 +58,8 @@ def gpu_is_unusable():
 
 
 def run_here(parts, end):
-    """Runs parts in this process until the clock says `end`. Each begins and ends with a line of its own."""
+    """Runs parts in this process until the clock says `end`. Each begins and ends with a line of
+    its own."""
     signal.signal(signal.SIGALRM, _out_of_time)
     for part, seconds in parts:
         seconds = min(seconds, end - time.time())
@@ -82,7 +86,8 @@ def run_here(parts, end):
 
 
 def watch(child, names):
-    """Prints a child's lines until it ends or hangs. Returns (the parts that it ended, what failed: {part: why})."""
+    """Prints a child's lines until it ends or hangs. Returns (the parts that it ended, what failed:
+    {part: why})."""
     lines, ended, failed, now, deadline = queue.Queue(), [], {}, None, time.time() + 120
 
     def read():
@@ -124,9 +129,11 @@ def watch(child, names):
 
 
 def main(parts, seconds):
-    """Runs `parts`, [(function, its seconds), ..], within `seconds`; returns 1 if any failed, else 0.
+    """Runs `parts`, [(function, its seconds), ..], within `seconds`; returns 1 if any failed, else
+    0.
 
-    The script that calls this is started again for each process, with --parts and --until added to its arguments.
+    The script that calls this is started again for each process, with --parts and --until added to
+    its arguments.
     """
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument('--parts', default='')

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 import model as m  # noqa: E402
-from data import collate, to_device  # noqa: E402
-from extra import timed_parts  # noqa: E402
+from data import collate  # noqa: E402
+from extra import kernels, timed_parts  # noqa: E402
 from extra.engine import generate  # noqa: E402
 from extra.gpu_bench import drawn_pictures  # noqa: E402
 from trees import PROCESSOR, batches, build, one_process, tree  # noqa: E402
@@ -56,7 +57,7 @@ def check(say, what, right, **found):
 
 def compare(say, what, model, rows, loss, gradients, dtype=torch.float32, **found):
     """A step's loss and gradients on the device beside those of the CPU in float32."""
-    on_device = [to_device(row, DEVICE) for row in rows]
+    on_device = [row.to(DEVICE) for row in rows]
     narrow = dtype != torch.float32
     with torch.autocast(DEVICE.type, dtype, enabled=narrow):
         our_loss, ours = one_process(model, on_device)
@@ -74,9 +75,9 @@ def loss_and_gradients(say):
         loss, gradients = one_process(on_cpu, rows)
         model = copy_to_device(on_cpu)
         for recompute in (0, 1):
-            model.vision_tower.recompute = model.language_model.recompute = recompute
+            model.vision_tower.checkpoint_every = model.language_model.checkpoint_every = recompute
             compare(say, 'step against CPU', model, rows, loss, gradients, recipe=recipe, recompute=recompute)
-        model.vision_tower.recompute = model.language_model.recompute = 0
+        model.vision_tower.checkpoint_every = model.language_model.checkpoint_every = 0
         for dtype in (torch.bfloat16, torch.float16):
             compare(say, 'step against CPU', model, rows, loss, gradients, dtype, recipe=recipe, products=str(dtype)[6:])
 
@@ -88,21 +89,20 @@ def row_lengths(say):
     for length, alone in ((72, True), (4096, True), (16, False), (104, False), (128, False), (1000, False)):
         if alone:                            # a kernel for this length; the others share one that takes any
             torch._dynamo.reset()
-            m._flex_attention = None
         trees = [tree(length, 0)] if length < 64 else [tree(length + i, i % 3) for i in range(max(1, length // 64))]
         size = sum(len(e.tokens) for e in trees)
         while size > length:
             size -= len(trees.pop().tokens)
         rows = [collate([trees or [tree(0, 0)]], PROCESSOR, length if trees else 0)]
         loss, gradients = one_process(on_cpu, rows)
-        compare(say, 'row length', model, rows, loss, gradients, length=rows[0]['tokens'].shape[1])
+        compare(say, 'row length', model, rows, loss, gradients, length=rows[0].tokens.shape[1])
 
 
 def compiled(say):
     """Compiled blocks on rows of one size that differ in all else: right, and compiled no more after the fourth."""
     plain = build(head_dim=HEAD_DIM)
     model = copy_to_device(plain)
-    m.compile_blocks(model)
+    kernels.compile_blocks(model)
     for i in range(7):
         trees = [tree(5 * i + k, k % 3 + (k == i % 5), frames=k == 3) for k in range(5)]
         rows = [collate([trees], PROCESSOR, 256)]
@@ -110,19 +110,6 @@ def compiled(say):
         torch._dynamo.config.error_on_recompile = i >= 4
         compare(say, 'compiled blocks against CPU', model, rows, loss, gradients, batch=i)
     torch._dynamo.config.error_on_recompile = False
-
-
-def without_cache(model, batch, number):
-    """Greedy tokens of one answer, the whole text encoded anew for each."""
-    batch = dict(batch)
-    for _ in range(number):
-        hidden = model.hidden(batch)[:, -1]
-        token = model.logits(hidden).float().argmax(-1, keepdim=True)
-        batch['tokens'] = torch.cat([batch['tokens'], token], 1)
-        for name in ('document_ids', 'branch_ids'):
-            batch[name] = torch.cat([batch[name], batch[name][:, -1:]], 1)
-        batch['position_ids'] = torch.cat([batch['position_ids'], batch['position_ids'][:, -1:] + 1], 1)
-        yield token[0].tolist()
 
 
 def generation(say):
@@ -134,17 +121,16 @@ def generation(say):
         for name, rows in (('one answer', [[tree(1, 0)]]), ('trees', [[tree(1, 2)], [tree(2, 1)]])):
             batch = collate(rows, PROCESSOR, 0 if len(rows) > 1 else len(rows[0][0].tokens))
             expected = [token.tolist() for token in generate(on_cpu, batch, 24)]
-            ours = [token.tolist() for token in generate(model, to_device(batch, DEVICE), 24)]
+            ours = [token.tolist() for token in generate(model, batch.to(DEVICE), 24)]
             check(say, 'generation against CPU', ours == expected, rows=name)
-        plain = copy.copy(to_device(collate([[tree(3, 1)]], PROCESSOR, 0), DEVICE))
-        length = len(tree(3, 1).tokens)
-        # one branch of the tree: its shared part and its first conversation
-        keep = (plain['document_ids'][0] >= 0) & (plain['branch_ids'][0] <= 1)
-        keep &= torch.arange(len(keep), device=DEVICE) < length
-        for name in ('tokens', 'targets', 'loss_weights', 'position_ids', 'document_ids', 'branch_ids'):
-            plain[name] = plain[name][:, keep]
-        cached = [token.tolist() for token in generate(model, plain, 24)]
-        check(say, 'generation without a cache', list(without_cache(model, plain, 24)) == cached)
+        # One branch of a tree: its prefix and its first conversation, without a cache
+        tree_batch = collate([[tree(3, 1)]], PROCESSOR, len(tree(3, 1).tokens)).to(DEVICE)
+        keep = tree_batch.branch_ids[0] <= 1
+        names = ('tokens', 'position_ids', 'document_ids', 'branch_ids')
+        prompt = replace(tree_batch, **{name: getattr(tree_batch, name)[:, keep] for name in names})
+        cached = [token.tolist() for token in generate(model, prompt, 24)]
+        plain = [token.tolist() for token in model.generate(prompt, 24)]
+        check(say, 'generation without a cache', plain == cached)
 
 
 def train(out, *settings):

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import model as m  # noqa: E402
 from extra.hf import load_checkpoint, load_model, load_processor, newest, save_model  # noqa: E402
-from extra.engine import contexts, generate  # noqa: E402
+from extra.engine import prompt_indices, generate  # noqa: E402
 from extra import molmo2 as ours_molmo2  # noqa: E402
 import sample  # noqa: E402
 from media import BadRow  # noqa: E402
@@ -107,8 +107,8 @@ def test_pictures_of_every_size_are_cut_alike(folder):
     for width, height in sizes:
         image = picture(generator, width, height)
         patches, grid = ours.crops(image)
-        index = data.windows(grid.shape, 2)
-        index = np.concatenate([data.windows((27, 27), 2), np.where(index < 0, -1, grid.flatten()[index])])
+        index = data.pooling_windows(grid.shape, 2)
+        index = np.concatenate([data.pooling_windows((27, 27), 2), np.where(index < 0, -1, grid.flatten()[index])])
         expected = theirs(image, return_tensors='pt')
         assert patches.shape == expected['pixel_values'].shape and np.array_equal(index, expected['image_token_pooling']), (width, height)
         worst = max(worst, np.abs(patches - (expected['pixel_values'].double().numpy() * .5 + .5) * 255).max())
@@ -160,7 +160,7 @@ def answers(folder, model, batch, expected, tokens=64):
     """Our logits of the last place and greedy tokens, and theirs."""
     peer = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        last = model.hidden(batch, contexts(batch['document_ids'], batch['branch_ids'])[:, -1])
+        last = model.hidden_states(batch, prompt_indices(batch.document_ids, batch.branch_ids)[:, -1])
         far = (peer(**expected).logits[0, -1] - model.logits(last)[0]).abs().max()
         said = peer.generate(**expected, max_new_tokens=tokens, do_sample=False)[0, expected['input_ids'].shape[1]:].tolist()
     ours = [t.item() for t in generate(model, batch, tokens)]

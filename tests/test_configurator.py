@@ -12,7 +12,7 @@ from configurator import configure, train_settings  # noqa: E402
 DEFAULTS = dict(steps=10, rate=.1, name='a', flag=False, layers=(1, 2), mixture={}, vision='clip')
 
 
-def test_files_and_flags_apply_in_order(tmp_path):
+def test_config_files_and_flags_apply_in_order(tmp_path):
     (tmp_path / 'one.py').write_text('import math\nsteps = 20\nrate = steps / 40\nDOUBLE = 2\n_private = 3\nname = "b"\n')
     (tmp_path / 'two.py').write_text('steps = steps * 2    # sees what came before\n')
     got = configure(dict(DEFAULTS), [str(tmp_path / 'one.py'), '--name=c', str(tmp_path / 'two.py'), '--flag'])
@@ -23,7 +23,7 @@ def test_files_and_flags_apply_in_order(tmp_path):
     ('--steps=-3', 'steps', -3), ('--rate=2', 'rate', 2.), ('--rate=1e-4', 'rate', 1e-4), ('--flag=True', 'flag', True),
     ('--layers=(3,)', 'layers', (3,)), ('--mixture={"a": .5}', 'mixture', {'a': .5}), ('--name=3', 'name', '3'),
     ('--name=', 'name', ''), ('--name=a=b', 'name', 'a=b'), ('--vision={"size": 3}', 'vision', {'size': 3})])
-def test_values(arg, key, value):
+def test_flag_values_are_parsed_by_the_type_of_the_setting(arg, key, value):
     got = configure(dict(DEFAULTS), [arg])[key]
     assert got == value and type(got) is type(value)
 
@@ -32,7 +32,7 @@ def test_values(arg, key, value):
     ('--stepps=3', "unknown setting 'stepps'; did you mean 'steps'?"), ('--steps=many', "steps = 'many' is str"),
     ('--steps=2.5', 'steps = 2.5 is float'), ('--flag=1', 'flag = 1 is int'), ('--layers=3', 'layers = 3 is int'),
     ('--zzz=1', 'known: steps'), ('config/nothing.py', 'config file config/nothing.py does not exist')])
-def test_mistakes_are_one_line(arg, words):
+def test_wrong_flag_is_a_one_line_error(arg, words):
     with pytest.raises(SystemExit) as e:
         configure(dict(DEFAULTS), [arg])
     assert words in str(e.value) and '\n' not in str(e.value)
@@ -40,7 +40,7 @@ def test_mistakes_are_one_line(arg, words):
 
 @pytest.mark.parametrize('text,words', [('steps = \n', 'SyntaxError'), ('steps = lost\n', "NameError: name 'lost'"),
                                         ('stepps = 3\n', "did you mean 'steps'")])
-def test_mistakes_in_a_file_name_it(text, words, tmp_path):
+def test_wrong_config_file_is_named_in_the_error(text, words, tmp_path):
     path = tmp_path / 'mine.py'
     path.write_text(text)
     with pytest.raises(SystemExit) as e:
@@ -48,12 +48,12 @@ def test_mistakes_in_a_file_name_it(text, words, tmp_path):
     assert str(path) in str(e.value) and words in str(e.value)
 
 
-def test_every_config_names_settings_of_train():
+def test_config_folder_uses_only_settings_of_train():
     for path in (ROOT / 'config').glob('*.py'):
         configure(train_settings(), [str(path)])
 
 
 @pytest.mark.parametrize('script', ['train.py', 'model.py', 'data.py', 'sample.py', 'eval.py'])
-def test_scripts_answer_a_typo_at_once(script):
+def test_scripts_suggest_the_nearest_setting_for_a_typo(script):
     done = subprocess.run([sys.executable, str(ROOT / script), '--devise=cpu'], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == "--devise: unknown setting 'devise'; did you mean 'device'?\n"

@@ -1,5 +1,6 @@
 """What can be known about CUDA on a machine without one. The rest is in tests/gpu.py (`make gpu-check`)."""
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import model as m  # noqa: E402
+from extra import kernels  # noqa: E402
+from model import dense_mask  # noqa: E402
 from configurator import UserError, configure, train_settings  # noqa: E402
 from trees import PROCESSOR, batches, build, one_process, tree  # noqa: E402
 
@@ -24,13 +27,13 @@ def test_flex_attention_never_takes_the_decoding_kernel(monkeypatch):
     def recorded(*args, **how):
         calls.append(how['kernel_options'])
         return flex_attention(*args, **how)
-    monkeypatch.setattr(m, '_flex_attention', recorded)
+    monkeypatch.setattr(kernels, '_flex_attention', recorded)
     for length in (16, 72, 104, 127, 128, 200):
         ids = torch.zeros(1, length, dtype=torch.long)
         block_mask = create_block_mask(m.mask_rule(ids, ids), 1, None, length, length, device='cpu')
         query, key, value = (torch.randn(1, heads, length, 16) for heads in (4, 2, 2))
         out = m.attention(query, key, value, block_mask)
-        expected = m.attention(query, key, value, m.make_mask(ids, ids))
+        expected = m.attention(query, key, value, dense_mask(ids, ids))
         assert (out - expected).abs().max() < 1e-5               # measured 1e-6
     assert calls == [{'FORCE_USE_FLEX_ATTENTION': True}] * 6
 
@@ -142,7 +145,7 @@ def fresh_compiler():
 @pytest.mark.parametrize('recipe', ['nano', 'molmo2'])
 def test_compiled_blocks_have_the_gradients_of_plain_ones(recipe, fresh_compiler):
     plain, model = build(recipe=recipe), build(recipe=recipe)
-    m.compile_blocks(model, backend='aot_eager_decomp_partition')
+    kernels.compile_blocks(model, backend='aot_eager_decomp_partition')
     rows = batches(4)
     expected, gradients = one_process(plain, rows)
     loss, ours = one_process(model, rows)
@@ -156,18 +159,18 @@ def test_many_kinds_of_calls_all_run_compiled(fresh_compiler):
     """Training and evaluation, causal rows and trees, all tokens or those with a loss, changing lengths: more kinds than
     the 8 after which torch runs a block uncompiled and says nothing."""
     model = build()
-    m.compile_blocks(model, backend='aot_eager')
+    kernels.compile_blocks(model, backend='aot_eager')
     with fresh_compiler.patch(fail_on_recompile_limit_hit=True):
         for length in (104, 200):
             trees = collate([[tree(1, 1), tree(2, 0)]], PROCESSOR, length)
-            causal = dict(trees, causal=True, document_ids=torch.zeros_like(trees['document_ids']))
+            causal = replace(trees, causal=True, document_ids=torch.zeros_like(trees.document_ids))
             for batch in (trees, causal):
                 model.train()
                 model(batch)[0].backward()
-                model.hidden(batch).sum().backward()
+                model.hidden_states(batch).sum().backward()
                 model.eval()
                 with torch.no_grad():
                     model(batch)
-                    model.hidden(batch)
+                    model.hidden_states(batch)
                 with torch.inference_mode():
-                    model.hidden(batch)
+                    model.hidden_states(batch)

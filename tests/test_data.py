@@ -1,4 +1,5 @@
 """From files to batches."""
+import dataclasses
 import itertools
 import json
 import re
@@ -24,7 +25,7 @@ from data import BadRow, Dataset, Loader, Mixture, Processor, collate  # noqa: E
 from model import UserError  # noqa: E402
 from extra.hf import load_processor, save_model  # noqa: E402
 from extra.plan import mixture_table  # noqa: E402
-from parallel import deal_out  # noqa: E402
+from parallel import reshard_loader_states  # noqa: E402
 from test_media import clip, quarters  # noqa: E402
 
 
@@ -340,9 +341,9 @@ def test_a_track_is_told_at_the_frames_times(world, tmp_path):
 
 
 def test_ragged_windows():
-    assert data.windows((3, 3), 2).tolist() == [[0, 1, 3, 4], [2, -1, 5, -1], [6, 7, -1, -1], [8, -1, -1, -1]]
-    assert data.windows((27, 27), 3).shape == (81, 9) and data.windows((27, 27), 2).shape == (196, 4)
-    assert data.windows((4, 4), 3).tolist()[0] == [-1, -1, -1, -1, 0, 1, -1, 4, 5]
+    assert data.pooling_windows((3, 3), 2).tolist() == [[0, 1, 3, 4], [2, -1, 5, -1], [6, 7, -1, -1], [8, -1, -1, -1]]
+    assert data.pooling_windows((27, 27), 3).shape == (81, 9) and data.pooling_windows((27, 27), 2).shape == (196, 4)
+    assert data.pooling_windows((4, 4), 3).tolist()[0] == [-1, -1, -1, -1, 0, 1, -1, 4, 5]
 
 
 @pytest.mark.parametrize('video_size', [32, 16])
@@ -356,14 +357,15 @@ def test_pictures_and_frames_in_one_batch(world, tmp_path, two_branches, video_s
     vlm.init_weights()
     examples = [processor.example(video_record(tmp_path), tmp_path), processor.example(*two_branches)] * 2
     mixed = collate([examples[:3], examples[3:]], processor)
-    assert ('frames' in mixed) == (video_size == 16)
-    seen = torch.zeros(*mixed['tokens'].shape, 192 // 6).flatten(0, 1).index_copy(0, mixed['visual_index'], vlm.see(mixed))
+    assert (mixed.frames is not None) == (video_size == 16)
+    seen = torch.zeros(*mixed.tokens.shape, 192 // 6).flatten(0, 1)
+    seen = seen.index_copy(0, mixed.visual_index, vlm.encode_images(mixed))
     start = 0
     for i, e in enumerate(examples):
-        start = mixed['tokens'].shape[1] if i == 3 else start
+        start = mixed.tokens.shape[1] if i == 3 else start
         alone = collate([[e]], processor)
-        here = seen[start:start + len(e.tokens)].index_select(0, alone['visual_index'])
-        torch.testing.assert_close(here, vlm.see(alone), rtol=1e-5, atol=1e-6)
+        here = seen[start:start + len(e.tokens)].index_select(0, alone.visual_index)
+        torch.testing.assert_close(here, vlm.encode_images(alone), rtol=1e-5, atol=1e-6)
         start += len(e.tokens)
 
 
@@ -375,13 +377,13 @@ def test_collate(world, how, packed):
     datasets = [Dataset(world / 'shapes'), Dataset(world / 'shapes_text')]
     examples = [processor.example(d[i], d.folder) for d in datasets for i in (0, 1)]
     batch = collate([examples] if packed else [[e] for e in examples], processor, **how)
-    B, L = batch['tokens'].shape
+    B, L = batch.tokens.shape
     assert (B, L) == ((1, L) if packed else (4, how.get('length', L)))
-    flat = {k: batch[k].flatten() for k in ('tokens', 'targets', 'loss_weights', 'position_ids', 'document_ids', 'branch_ids')}
+    flat = {k: getattr(batch, k).flatten() for k in ('tokens', 'targets', 'loss_weights', 'position_ids', 'document_ids', 'branch_ids')}
     start_of, pairs = lambda b, e: b * L, 0
     if packed:
         start_of = lambda b, e: sum(len(x.tokens) for x in examples[:b])
-    assert batch['visual_index'].tolist() == (flat['tokens'] == processor.image_pad).nonzero()[:, 0].tolist()
+    assert batch.visual_index.tolist() == (flat['tokens'] == processor.image_pad).nonzero()[:, 0].tolist()
     for b, e in enumerate(examples):
         start, n = start_of(b, e), len(e.tokens)
         assert flat['tokens'][start:start + n].tolist() == e.tokens
@@ -389,12 +391,12 @@ def test_collate(world, how, packed):
         assert flat['targets'][start:start + n - 1].tolist() == e.tokens[1:]
         assert flat['loss_weights'][start:start + n].tolist() == pytest.approx(e.weights[1:] + [0])
         pairs += sum(i >= j and (e.branches[j] in (0, e.branches[i])) for i in range(n) for j in range(n))
-    assert batch['n_pairs'] == pairs and batch['n_tokens'] == sum(len(e.tokens) for e in examples)
-    assert int((flat['document_ids'] >= 0).sum()) == batch['n_tokens']
-    assert batch['total_weight'] == pytest.approx(sum(sum(e.weights) for e in examples))
-    assert batch['loss_index'].tolist() == flat['loss_weights'].nonzero()[:, 0].tolist()
-    assert batch['pool_index'].max() < batch['patches'].shape[0] * batch['patches'].shape[1]
-    assert torch.equal(batch['patches'][1], torch.from_numpy(examples[1].patches[0]))
+    assert batch.num_pairs == pairs and batch.num_tokens == sum(len(e.tokens) for e in examples)
+    assert int((flat['document_ids'] >= 0).sum()) == batch.num_tokens
+    assert batch.total_weight == pytest.approx(sum(sum(e.weights) for e in examples))
+    assert batch.loss_index.tolist() == flat['loss_weights'].nonzero()[:, 0].tolist()
+    assert batch.pool_index.max() < batch.patches.shape[0] * batch.patches.shape[1]
+    assert torch.equal(batch.patches[1], torch.from_numpy(examples[1].patches[0]))
 
 
 # -- mixture and loader
@@ -472,7 +474,7 @@ def test_weights_of_a_dataset(world, two_branches):
 
     def weights(**options):
         mixture = {'g': {'rate': 1, 'sets': {'set': options}}}
-        reader = data.Rows(data.open_mixture(mixture, folder), make_processor(world, task_weights={'qa': 3.}))
+        reader = data.ExampleDataset(data.open_mixture(mixture, folder), make_processor(world, task_weights={'qa': 3.}))
         return set(reader[(0, 0, 0)][1].weights)
     assert weights() == {0., 1., 3.} and weights(loss_weight=.5) == {0., .5, 1.5} and weights(token_weight=.2) == {0., .2}
 
@@ -497,7 +499,8 @@ def loader(world, bad=None, batch_size=4, **rest):
 
 
 def same(a, b):
-    return all(torch.equal(v, b[k]) if torch.is_tensor(v) else v == b[k] for k, v in a.items())
+    pairs = [(getattr(a, field.name), getattr(b, field.name)) for field in dataclasses.fields(a)]
+    return all(torch.equal(v, w) if torch.is_tensor(v) else v == w for v, w in pairs)
 
 
 def test_workers_and_resuming_change_nothing(world):
@@ -519,10 +522,10 @@ def test_best_fit_is_the_best(lengths, room):
 def test_packed_rows_are_full_and_hold_every_example_once(world):
     rows = loader(world, length=512, packed=True, batch_size=2)
     batches = take(rows, 12)
-    filled = [b['n_tokens'] / b['tokens'].numel() for b, _ in batches]
-    assert all(b['tokens'].shape == (2, 512) for b, _ in batches) and np.mean(filled) > .98
+    filled = [b.num_tokens / b.tokens.numel() for b, _ in batches]
+    assert all(b.tokens.shape == (2, 512) for b, _ in batches) and np.mean(filled) > .98
     state = batches[-1][1]
-    assert sum(len(b['rows']) for b, _ in batches) + len(state['pool']) == state['draw'] == state['seen']
+    assert sum(len(b.rows) for b, _ in batches) + len(state['pool']) == state['draw'] == state['seen']
     waited = [draw[0] for draw in state['pool']]
     assert min(waited) > state['draw'] - 200               # the oldest goes first: nobody waits for ever
 
@@ -536,14 +539,14 @@ def test_packing_resumes_bit_for_bit(world, stop):
 
 
 def test_other_numbers_of_loaders_go_on_without_losing_or_repeating_a_row(world):
-    mixture, states, seen = loader(world).rows.mixture, None, Counter()
+    mixture, states, seen = loader(world).examples.mixture, None, Counter()
     for n in (3, 2, 1, 4):
-        states = json.loads(json.dumps(deal_out(states, n, mixture))) if states else [None] * n
+        states = json.loads(json.dumps(reshard_loader_states(states, n, mixture))) if states else [None] * n
         taken = [take(loader(world, state=state, rank=i, world_size=n, length=512, packed=True, batch_size=2), 3)
                  for i, state in enumerate(states)]
         states = [batches[-1][1] for batches in taken]
-        seen.update(tuple(row) for batches in taken for batch, _ in batches for row in batch['rows'])
-    end, = deal_out(states, 1, mixture)
+        seen.update(tuple(row) for batches in taken for batch, _ in batches for row in batch.rows)
+    end, = reshard_loader_states(states, 1, mixture)
     seen.update((mixture.datasets[d].name, row) for _, d, row in end['pool'])
     drawn = itertools.islice(mixture.draws(), end['draw'])
     assert seen == Counter((mixture.datasets[d].name, row) for _, d, row in drawn)
@@ -555,7 +558,7 @@ def test_bad_rows_are_counted_named_and_limited(world, tmp_path):
     batches = take(loader(world, bad, report=problems.append, max_bad_fraction=.5), 40)
     skipped = batches[-1][1]['skipped']
     assert skipped.keys() == {'mine: broken JSON', 'mine: missing media', 'mine: schema'}
-    assert sum(skipped.values()) <= len(problems) and {p['row'] for p in problems} == {
+    assert sum(skipped.values()) <= len(problems) and {p.row for p in problems} == {
         f"{tmp_path / 'mine' / 'train.jsonl'} line {n}" for n in (28, 29, 30)}
     with pytest.raises(UserError, match='more than max_bad_fraction'):
         take(loader(world, write(tmp_path / 'worse', lines), max_bad_fraction=.1), 100)
@@ -565,8 +568,8 @@ def test_bad_rows_among_those_that_are_dealt_out_are_counted(world, tmp_path):
     mine = write(tmp_path / 'mine', [json.dumps(talk())] * 7 + ['{"broken'] * 3)
     rest = dict(max_bad_fraction=1., world_size=2)
     fast, slow = (take(loader(world, mine, rank=i, **rest), n)[-1][1] for i, n in ((0, 30), (1, 2)))
-    mixture = loader(world, mine).rows.mixture
-    one, = deal_out([fast, slow], 1, mixture)
+    mixture = loader(world, mine).examples.mixture
+    one, = reshard_loader_states([fast, slow], 1, mixture)
     end = take(loader(world, mine, state=one, max_bad_fraction=1.), 60)[-1][1]
     assert not end['pool'] and sum(end['skipped'].values()) == sum(
         d == 2 and row >= 7 for _, d, row in itertools.islice(mixture.draws(), end['draw']))

@@ -17,7 +17,7 @@ import media  # noqa: E402
 from media import BadRow, frame_times, load_image, load_subtitles, load_video, open_media  # noqa: E402
 
 
-def test_media_stay_in_their_folder(tmp_path):
+def test_open_media_stays_in_its_folder(tmp_path):
     (tmp_path / 'd').mkdir()
     (tmp_path / 'secret.txt').write_bytes(b'secret')
     (tmp_path / 'd' / 'link.txt').symlink_to(tmp_path / 'secret.txt')
@@ -56,7 +56,7 @@ def quarters(mode='RGB'):
 
 @pytest.mark.parametrize('kind,mode', [('PNG', 'RGB'), ('PNG', 'RGBA'), ('PNG', 'P'), ('GIF', 'P'), ('JPEG', 'CMYK'),
                                        ('WEBP', 'RGB'), ('TIFF', 'RGB'), ('BMP', 'RGB')])
-def test_every_mode_is_rgb(kind, mode):
+def test_load_image_converts_every_mode_to_rgb(kind, mode):
     image = load_image(as_file(quarters(mode), kind, **({'quality': 95} if kind == 'JPEG' else {})))
     assert image.mode == 'RGB' and image.size == (40, 20)
     for at, colour in (((5, 5), (255, 0, 0)), ((35, 5), (0, 0, 255)), ((5, 15), (0, 0, 0))):
@@ -64,13 +64,13 @@ def test_every_mode_is_rgb(kind, mode):
 
 
 @pytest.mark.parametrize('mode', ['L', 'LA', '1', 'I;16'])
-def test_grey_and_deep(mode):
+def test_load_image_of_grey_and_16_bit_files(mode):
     grey = Image.fromarray(np.full((4, 4), 200 * 257, np.uint16)) if mode == 'I;16' else \
         Image.new('L', (4, 4), 255 if mode == '1' else 200).convert(mode)
     assert load_image(as_file(grey)).getpixel((1, 1)) == ((255 if mode == '1' else 200),) * 3
 
 
-def test_transparency_is_white():
+def test_load_image_puts_transparency_on_white():
     image = Image.new('RGBA', (4, 4), (255, 0, 0, 0))
     palette = Image.new('P', (4, 4), 0)
     palette.putpalette([255, 0, 0] * 256)
@@ -79,7 +79,7 @@ def test_transparency_is_white():
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
-def test_exif_orientation(orientation):
+def test_load_image_applies_exif_orientation(orientation):
     stored = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]    # Pillow's transpose that undoes the tag
     upright = quarters()
     image = upright if stored is None else upright.transpose(stored)
@@ -89,7 +89,7 @@ def test_exif_orientation(orientation):
     assert got.size == upright.size and got.tobytes() == upright.tobytes()
 
 
-def test_first_frame_of_an_animation():
+def test_load_image_takes_first_frame_of_animation():
     frames = [Image.new('RGB', (4, 4), c) for c in ('red', 'blue')]
     assert load_image(as_file(frames[0], 'GIF', save_all=True, append_images=frames[1:])).getpixel((0, 0)) == (255, 0, 0)
 
@@ -105,7 +105,7 @@ def bomb():
 @pytest.mark.parametrize('content,reason', [
     (encoded(quarters(), 'JPEG')[:400], 'unreadable media'), (encoded(quarters())[:60], 'unreadable media'),
     (b'hello', 'unreadable media'), (b'', 'unreadable media'), (bomb(), None), ('gone.png', 'missing media')])
-def test_bad_pictures(content, reason):
+def test_load_image_refuses_bad_files(content, reason):
     with pytest.raises(BadRow) as e:
         load_image(content if isinstance(content, str) else io.BytesIO(content))
     assert e.value.reason == reason or reason is None and e.value.reason in ('too large', 'unreadable media')
@@ -136,7 +136,7 @@ def truth(path, targets, end=None):
                   for f in container.decode(stream)]
     frames = [f for f in frames if f[0] >= 0 and (end is None or f[0] <= end)]
     times = [t for t, _ in frames]
-    place = sorted({max(0, int(np.searchsorted(times, t + media.NEAR)) - 1) for t in targets(times[-1])})
+    place = sorted({max(0, int(np.searchsorted(times, t + media.TIME_TOLERANCE)) - 1) for t in targets(times[-1])})
     return [frames[i] for i in place]
 
 
@@ -148,7 +148,7 @@ RATES = {'steady': np.arange(150) / 25, 'film': np.arange(150) * 1001 / 24000,
     ('mp4', 'h264', {}), ('mp4', 'h264', {'bf': '3', 'b-pyramid': 'normal', 'open-gop': '1'}), ('mkv', 'h264', {}),
     ('webm', 'libvpx-vp9', {'cpu-used': '8', 'deadline': 'realtime'}), ('avi', 'mpeg4', {}), ('ts', 'h264', {}), ('mov', 'hevc', {'x265-params': 'log-level=none'})])
 @pytest.mark.parametrize('rate', RATES)
-def test_the_frames_on_the_screen(container, codec, options, rate, tmp_path):
+def test_load_video_equals_decoding_everything(container, codec, options, rate, tmp_path):
     """Times and pixels are those of a decoder that decodes everything, however many frames are taken, and from where."""
     if container == 'avi' and rate == 'uneven':
         times = np.arange(60) / 25                        # an AVI has one rate
@@ -166,13 +166,13 @@ def test_the_frames_on_the_screen(container, codec, options, rate, tmp_path):
             assert np.abs(np.asarray(frame, int) - pixels).max() <= 2
 
 
-def test_frame_times():
+def test_frame_times_are_evenly_spaced_and_include_the_last_frame():
     assert frame_times(1.7, 128).tolist() == pytest.approx([0, .5, 1, 1.5, 1.7])
     assert frame_times(63.5, 128).tolist() == pytest.approx(np.arange(128) / 2)
     assert frame_times(100, 5).tolist() == [0, 25, 50, 75, 100] and frame_times(0, 128).tolist() == [0]
 
 
-def test_groups_without_a_wanted_frame_are_not_decoded(tmp_path, monkeypatch):
+def test_load_video_decodes_only_groups_of_pictures_with_a_requested_frame(tmp_path, monkeypatch):
     path = clip(tmp_path / 'a.mp4', np.arange(600) / 10, gop=20)
     fed = []
     decode = media.Video.decode
@@ -181,11 +181,18 @@ def test_groups_without_a_wanted_frame_are_not_decoded(tmp_path, monkeypatch):
     assert times == pytest.approx([0, 29.9, 59.9]) and len(fed) <= 3 * 22
 
 
-def test_size_and_rotation(tmp_path):
-    quarter = quarters().resize((80, 40))
-    path = clip(tmp_path / 'a.mp4', np.arange(5) / 5, size=(80, 40), frames=[quarter] * 5)
+def clip_of_quarters(tmp_path):
+    return clip(tmp_path / 'a.mp4', np.arange(5) / 5, size=(80, 40), frames=[quarters().resize((80, 40))] * 5)
+
+
+def test_video_frames_are_resized(tmp_path):
+    path = clip_of_quarters(tmp_path)
     _, (frame, *_) = load_video(open(path, 'rb'), 4, size=(40, 20))
     assert frame.size == (40, 20) and np.abs(np.asarray(frame, int) - np.asarray(quarters(), int)).mean() < 12
+
+
+def test_rotated_video_is_upright(tmp_path):
+    path = clip_of_quarters(tmp_path)
     turned = tmp_path / 'b.mp4'
     turned.write_bytes(path.read_bytes().replace(IDENTITY, TURNED))
     upright = np.asarray(quarters().transpose(Image.Transpose.ROTATE_270), int)
@@ -200,7 +207,7 @@ IDENTITY, TURNED = (b''.join(v.to_bytes(4, 'big', signed=True) for v in m) for m
     (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30, 80 << 16), (0, 65536, 0, -65536, 0, 0, 40 << 16, 0, 1 << 30, 80 << 16)))
 
 
-def test_a_gif_is_a_video_too():
+def test_animated_gif_is_read_as_video():
     frames = [Image.new('RGB', (8, 8), c) for c in ('red', 'lime', 'blue')]
     file = as_file(frames[0], 'GIF', save_all=True, append_images=frames[1:], duration=[400, 700, 100])
     times, got = load_video(file, 8)
@@ -224,14 +231,14 @@ def bad_videos(folder):
             (encoded(quarters(), 'JPEG'), 'can be read')]
 
 
-def test_bad_videos(tmp_path):
+def test_load_video_refuses_bad_files(tmp_path):
     for content, words in bad_videos(tmp_path):
         with pytest.raises(BadRow, match=words) as e:
             load_video(io.BytesIO(content), 8)
         assert e.value.reason == 'unreadable media', content[:20]
 
 
-def test_a_video_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
+def test_slow_video_is_given_up(tmp_path, monkeypatch):
     path = clip(tmp_path / 'a.mp4', np.arange(50) / 10)
     monkeypatch.setattr(media, 'MAX_SECONDS', -1)
     with pytest.raises(BadRow) as e:
@@ -239,12 +246,12 @@ def test_a_video_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
     assert e.value.reason == 'too slow'
 
 
-def test_a_clip_beyond_the_end(tmp_path):
+def test_clip_beyond_the_end_is_refused(tmp_path):
     with pytest.raises(BadRow, match='starts at 9 s, the last frame is at 4.90 s'):
         load_video(open(clip(tmp_path / 'a.mp4', np.arange(50) / 10), 'rb'), 8, start=9.)
 
 
-def test_points_on_a_video(tmp_path):
+def test_draw_on_video_interpolates_tracks(tmp_path):
     path = clip(tmp_path / 'a.mp4', np.arange(21) / 10, size=(90, 60), frames=[Image.new('RGB', (90, 60))] * 21)
     track = [{'t': t, 'x': x, 'y': .5, 'id': 1} for t, x in ((0., .2), (1., .8), (2., .8))]
     assert media.points_at(track, .5) == [{'id': 1, 'x': .5, 'y': .5}] and media.points_at(track, 9.) == []
@@ -274,7 +281,7 @@ PICTURES = [encoded(quarters(), kind) for kind in ('PNG', 'JPEG', 'GIF', 'WEBP',
 
 @settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(damaged(PICTURES))
-def test_a_damaged_picture_is_a_picture_or_a_bad_row(content):
+def test_damaged_picture_is_read_or_refused(content):
     try:
         assert load_image(io.BytesIO(content)).mode == 'RGB'
     except BadRow as e:
@@ -291,7 +298,7 @@ def videos(tmp_path_factory):
 
 @settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_a_damaged_video_is_a_video_or_a_bad_row(videos, data):
+def test_damaged_video_is_read_or_refused(videos, data):
     try:
         times, frames = load_video(io.BytesIO(data.draw(damaged(videos))), 4)
         assert 0 < len(times) == len(frames) <= 4 and (np.diff(times) > 0).all()
@@ -306,24 +313,24 @@ VTT = 'WEBVTT\n\n00:01.000 --> 00:02.500 align:start\nOne <c>two</c>\n\n01:03.00
 
 
 @pytest.mark.parametrize('text', [SRT.encode(), VTT.encode(), SRT.encode('latin-1'), VTT.encode('utf-16'), b'\xef\xbb\xbf' + SRT.encode()])
-def test_subtitles_of_every_kind(text):
+def test_load_subtitles_of_every_format_and_encoding(text):
     wanted = [{'start': 1., 'end': 2.5, 'text': 'One two'}, {'start': 63., 'end': 64., 'text': 'Na\u00efve 42'}]
     assert load_subtitles(io.BytesIO(text)) == load_subtitles(wanted) == wanted
     assert load_subtitles(wanted, 2., 60.) == [{'start': 0., 'end': .5, 'text': 'One two'}]
 
 
-def test_rolling_captions_are_said_once():
+def test_rolling_captions_are_not_repeated():
     text = 'WEBVTT\n\n00:01.000 --> 00:02.000\nyeah\n\n00:02.000 --> 00:03.000\nyeah\n<c>what</c>\n'
     assert [c['text'] for c in media.parse_subtitles(text)] == ['yeah', 'what']
 
 
 @given(st.text(alphabet='0123456789:,.-> \n<i>WEBVT') | st.text())
-def test_any_text_parses(text):
+def test_parse_subtitles_accepts_any_text(text):
     assert all(c['text'] for c in media.parse_subtitles(text))
 
 
 @pytest.mark.parametrize('source', [b'no cue here', b'\x00\xff' * 99, [{'start': 1}], [{'start': 'a', 'end': 2, 'text': ''}], ['x']])
-def test_bad_subtitles(source):
+def test_load_subtitles_refuses_bad_files(source):
     with pytest.raises(BadRow) as e:
         load_subtitles(io.BytesIO(source) if isinstance(source, bytes) else source)
     assert e.value.reason == 'bad subtitles'

@@ -16,10 +16,11 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import model as m
-from model import UserError, VLM, make_config, make_mask
+from model import UserError, VLM, Batch, dense_mask, make_config, plain_loss, sample_token
 from extra.hf import load_model, load_weights, save_model
-from extra.engine import contexts, generate, sample, uncompiled  # noqa: E402
-from extra.kernels import Segments, WeightedCrossEntropy  # noqa: E402
+from extra.engine import generate, prompt_indices
+from extra.kernels import uncompiled
+from extra.kernels import ChunkedLoss, PackedTreeAttention
 from extra.hf import to_hf  # noqa: E402
 
 LOGITS = 1e-4    # measured worst case over all architectures, both directions: 1.2e-5 at logits of scale 20
@@ -82,14 +83,15 @@ def make_batch(config, rows, pictures=None, pool_index=None, left=False):
     tokens = torch.tensor([p + r if left else r + p for r, p in zip(rows, pad)])
     real = torch.tensor([[0] * len(p) + [1] * len(r) if left else [1] * len(r) + [0] * len(p)
                          for r, p in zip(rows, pad)]).bool()
-    batch = dict(tokens=tokens, document_ids=real.long() - 1, branch_ids=torch.zeros_like(tokens),
-                 position_ids=(real.cumsum(1) - 1).clamp(min=0), causal=bool(real.all()), real=real)
+    batch = Batch(tokens=tokens, document_ids=real.long() - 1, branch_ids=torch.zeros_like(tokens),
+                  position_ids=(real.cumsum(1) - 1).clamp(min=0), causal=bool(real.all()))
     if pictures is not None:
         grid = config.vision.image_size // config.vision.patch_size
         if pool_index is None:
             pool_index = windows(len(pictures), grid, config.pooling)
-        where = torch.isin(tokens, torch.tensor([config.image_token_id, config.video_token_id])).flatten().nonzero()[:, 0]
-        batch.update(patches=patchify(pictures), pool_index=pool_index, visual_index=where, grid=(grid, grid))
+        placeholders = torch.tensor([config.image_token_id, config.video_token_id])
+        where = torch.isin(tokens, placeholders).flatten().nonzero()[:, 0]
+        batch = replace(batch, patches=patchify(pictures), pool_index=pool_index, visual_index=where, grid=(grid, grid))
     return batch
 
 
@@ -99,7 +101,7 @@ def text(n, seed=0):
 
 @torch.no_grad()
 def logits(model, batch):
-    return model.logits(model.hidden(batch))
+    return model.logits(model.hidden_states(batch))
 
 
 def difference(a, b, real=None):
@@ -193,8 +195,8 @@ def test_qwen3_logits(tied, kind, tmp_path):
     load_weights(model, tmp_path, only=('language_model.', 'lm_head.'))
     batch = make_batch(config, [text(19), text(11, 1)])
     with torch.no_grad():
-        want = peer(batch['tokens'], attention_mask=batch['real'].long()).logits
-    assert parity(logits(model, batch), want, batch['real']) < LOGITS
+        want = peer(batch.tokens, attention_mask=(batch.document_ids >= 0).long()).logits
+    assert parity(logits(model, batch), want, (batch.document_ids >= 0)) < LOGITS
 
 
 def test_real_shapes(tmp_path):
@@ -212,8 +214,8 @@ def test_real_shapes(tmp_path):
     save_model(model, tmp_path)
     peer, picture, tokens = theirs(tmp_path), images(1, 336), torch.tensor([text(3) + [IMAGE] * 576 + text(5)])
     batch = make_batch(config, tokens.tolist(), None)
-    batch.update(patches=patchify(picture, 14), pool_index=windows(1, 24, 1), grid=(24, 24),
-                 visual_index=(tokens[0] == IMAGE).nonzero()[:, 0])
+    batch = replace(batch, patches=patchify(picture, 14), pool_index=windows(1, 24, 1), grid=(24, 24),
+                    visual_index=(tokens[0] == IMAGE).nonzero()[:, 0])
     with torch.no_grad():
         want = peer(input_ids=tokens, pixel_values=pixel_values(picture)).logits
     assert parity(logits(model, batch), want) < LOGITS                        # measured 2e-6 at logits of scale 3
@@ -257,7 +259,7 @@ def llava_case(config):
     rows = [text(9), text(4, 1) + span(16) + text(6, 2), span(16) + text(2, 3) + span(16) + span(16) + text(3, 4)]
     pictures = images(4)
     batch = make_batch(config, rows, pictures)
-    peer = dict(input_ids=batch['tokens'], attention_mask=batch['real'].long(),
+    peer = dict(input_ids=batch.tokens, attention_mask=(batch.document_ids >= 0).long(),
                 pixel_values=pixel_values(pictures, config.vision.style))
     return batch, peer
 
@@ -271,7 +273,7 @@ def test_llava_ours_to_theirs_and_back(name, tmp_path):
     got, peer = logits(model, batch), theirs(tmp_path / 'ours')
     assert isinstance(peer, hf.LlavaForConditionalGeneration)
     with torch.no_grad():
-        assert parity(got, peer(**inputs).logits, batch['real']) < LOGITS
+        assert parity(got, peer(**inputs).logits, (batch.document_ids >= 0)) < LOGITS
     if config.connector == 'linear':       # its identity second layer is how we know it again: leave it alone
         keep = [p.clone() for p in peer.model.multi_modal_projector.linear_2.parameters()]
     randomise(peer, 1)
@@ -286,7 +288,7 @@ def test_llava_ours_to_theirs_and_back(name, tmp_path):
     back = load_model(tmp_path / 'theirs')
     assert back.config.vision.feature_layers == config.vision.feature_layers
     with torch.no_grad():
-        assert parity(logits(back, batch), peer(**inputs).logits, batch['real']) < LOGITS
+        assert parity(logits(back, batch), peer(**inputs).logits, (batch.document_ids >= 0)) < LOGITS
 
 
 @pytest.mark.parametrize('tower', ['vision_tower.', 'vision_tower.vision_model.'])
@@ -317,13 +319,13 @@ def test_llava_next_video(connector, tmp_path):
     save_model(model, tmp_path)
     rows, pictures = [text(3) + span(4, IMAGE + 1) + text(4, 1), span(4, IMAGE + 1) + text(5, 2)], images(2)
     batch = make_batch(config, rows, pictures)
-    batch['causal'] = True                 # equal lengths; right padding would not matter either
+    batch.causal = True                 # equal lengths; right padding would not matter either
     peer = theirs(tmp_path)
     assert isinstance(peer, hf.LlavaNextVideoForConditionalGeneration)
-    inputs = dict(input_ids=batch['tokens'], attention_mask=batch['real'].long(),
+    inputs = dict(input_ids=batch.tokens, attention_mask=(batch.document_ids >= 0).long(),
                   pixel_values_videos=pixel_values(pictures)[:, None])
     with torch.no_grad():
-        assert parity(logits(model, batch), peer(**inputs).logits, batch['real']) < LOGITS
+        assert parity(logits(model, batch), peer(**inputs).logits, (batch.document_ids >= 0)) < LOGITS
     peer.save_pretrained(tmp_path / 'theirs')
     hf_config = json.loads((tmp_path / 'theirs/config.json').read_text())
     hf_config.pop('nanomolmo2')
@@ -347,8 +349,8 @@ def molmo2_case(config):
     rows = [text(2) + picture(0) + text(3, 1) + picture(1) + text(4, 2), picture(2) + text(3, 3), text(6, 4)]
     pictures = images(6)
     batch = make_batch(config, rows, pictures, pool)
-    visual = torch.isin(batch['tokens'], torch.tensor(MOLMO2_IDS))
-    return batch, dict(input_ids=batch['tokens'], attention_mask=batch['real'].long(), mm_token_type_ids=visual.long(),
+    visual = torch.isin(batch.tokens, torch.tensor(MOLMO2_IDS))
+    return batch, dict(input_ids=batch.tokens, attention_mask=(batch.document_ids >= 0).long(), mm_token_type_ids=visual.long(),
                        pixel_values=patchify(pixel_values(pictures, 'siglip')), image_token_pooling=pool,
                        image_grids=torch.tensor([[1, low, 1, high] for low, high in counts]),
                        image_num_crops=torch.tensor([2, 2, 2]))
@@ -364,9 +366,9 @@ def test_molmo2_ours_to_theirs_and_back(tied, tmp_path):
     assert isinstance(peer, hf.Molmo2ForConditionalGeneration)
     with torch.no_grad():
         want = peer(**inputs).logits
-        assert parity(logits(model, batch), want, batch['real']) < LOGITS
+        assert parity(logits(model, batch), want, (batch.document_ids >= 0)) < LOGITS
         causal = inputs | dict(mm_token_type_ids=torch.zeros_like(inputs['input_ids']))
-        assert difference(want, peer(**causal).logits, batch['real']) > 0.1       # the visual rule is felt
+        assert difference(want, peer(**causal).logits, (batch.document_ids >= 0)) > 0.1       # the visual rule is felt
     peer.save_pretrained(tmp_path / 'theirs')
     hf_config = json.loads((tmp_path / 'theirs/config.json').read_text())
     hf_config.pop('nanomolmo2')
@@ -376,7 +378,7 @@ def test_molmo2_ours_to_theirs_and_back(tied, tmp_path):
     back = load_model(tmp_path / 'theirs')
     assert back.config.visual_token_ids[:3] == MOLMO2_IDS[:3]
     back.visual_ids = torch.tensor(MOLMO2_IDS)             # transformers drops the ids that only its processor needs
-    assert parity(logits(back, batch), want, batch['real']) < LOGITS
+    assert parity(logits(back, batch), want, (batch.document_ids >= 0)) < LOGITS
 
 
 def test_molmo2_published_spelling(tmp_path):
@@ -403,8 +405,8 @@ def test_molmo2_published_spelling(tmp_path):
     assert back.config.vision == config.vision
     with torch.no_grad():
         want = peer(**inputs).logits
-    assert parity(logits(back, batch), want, batch['real']) < LOGITS
-    assert parity(logits(model, batch), want, batch['real']) < LOGITS
+    assert parity(logits(back, batch), want, (batch.document_ids >= 0)) < LOGITS
+    assert parity(logits(model, batch), want, (batch.document_ids >= 0)) < LOGITS
 
 
 def test_save_and_load_is_exact(tmp_path):
@@ -424,15 +426,6 @@ def generated(model, batch, n=64, **how):
     return torch.stack(list(generate(model, batch, n, **how)), 1)                                 # [B, n]
 
 
-def without_cache(model, config, rows, pictures, pool_index, n=64):
-    rows = [list(r) for r in rows]
-    for _ in range(n):
-        assert len(rows) == 1
-        batch = make_batch(config, rows, pictures, pool_index)
-        rows[0].append(logits(model, batch)[0, -1].argmax().item())
-    return torch.tensor([rows[0][-n:]])
-
-
 def no_eos(config):
     return replace(config, eos_token_id=-1)
 
@@ -444,7 +437,7 @@ def test_greedy_generation(kind, tmp_path):
     model = ours(config)
     save_model(model, tmp_path)
     peer, pictures, pool = theirs(tmp_path), None, None
-    rows = [text(7), text(12, 1), text(3, 2), text(9, 3)]              # four: packed_linear is at work
+    rows = [text(7), text(12, 1), text(3, 2), text(9, 3)]              # of several lengths
     if kind == 'llava':
         pictures = images(4)
         rows = [text(i) + span(16) + text(5 + i, 1) for i in (0, 2, 5, 3)]
@@ -457,19 +450,20 @@ def test_greedy_generation(kind, tmp_path):
     for i, row in enumerate(rows):
         picture = None if pictures is None else pictures[i:i + 1]
         index = None if pool is None else torch.where(pool[4 * i:4 * i + 4] < 0, -1, pool[4 * i:4 * i + 4] - 16 * i)
-        alone = generated(model, make_batch(config, [row], picture, index))
+        batch_of_one = make_batch(config, [row], picture, index)
+        alone = generated(model, batch_of_one)
         assert torch.equal(alone, together[i:i + 1])
-        if i == 1:
-            assert torch.equal(alone, without_cache(model, config, [row], picture, index))
-    inputs = dict(input_ids=batch['tokens'], attention_mask=batch['real'].long())
+        if i == 1:                         # the plain form, which encodes everything anew for each token
+            assert torch.equal(alone, torch.stack(list(model.generate(batch_of_one, 64)), 1))
+    inputs = dict(input_ids=batch.tokens, attention_mask=(batch.document_ids >= 0).long())
     if kind == 'llava':
         inputs['pixel_values'] = pixel_values(pictures)
     if kind == 'molmo2':
-        inputs |= dict(mm_token_type_ids=torch.isin(batch['tokens'], torch.tensor(MOLMO2_IDS)).long(),
+        inputs |= dict(mm_token_type_ids=torch.isin(batch.tokens, torch.tensor(MOLMO2_IDS)).long(),
                        pixel_values=patchify(pixel_values(pictures, 'siglip')), image_token_pooling=pool,
                        image_grids=torch.tensor([[1, 2, 1, 2]] * 4), image_num_crops=torch.tensor([1] * 4))
     want = peer.generate(**inputs, do_sample=False, max_new_tokens=64, eos_token_id=None, pad_token_id=0)
-    assert torch.equal(together, want[:, batch['tokens'].shape[1]:])
+    assert torch.equal(together, want[:, batch.tokens.shape[1]:])
     assert len(together.unique()) > 10     # not one token for ever, which any bug would pass
     if kind == 'qwen':                     # transformers penalises padding too: one row, without
         alone = generated(model, make_batch(config, rows[:1]), repetition_penalty=1.4)
@@ -501,17 +495,34 @@ def test_generation_stops_at_the_end_token():
         assert torch.equal(row[:end + 1], want[:end + 1]) and (row[end + 1:] == -1).all()
 
 
-def test_contexts():
+@pytest.mark.parametrize('how', [dict(temperature=0.), dict(temperature=1.3, top_k=20, top_p=.9, seed=3)])
+def test_engine_generates_the_tokens_of_plain_generate(how):
+    """Two answers at once, one of which ends early."""
+    config = no_eos(tiny())
+    model = ours(config)
+    batch = make_batch(config, [text(7), text(7, 1)])
+    free = torch.stack(list(model.generate(batch, 12, **how)), 1)
+    model.config = replace(config, eos_token_id=free[0, 3].item())
+    plain = torch.stack(list(model.generate(batch, 12, **how)), 1)
+    fast = torch.stack(list(generate(model, batch, 12, **how)), 1)
+    assert plain[0, 4] == -1
+    if how['temperature'] == 0:            # sampling draws for fewer rows once half of the answers have ended
+        assert torch.equal(plain, fast)
+    else:
+        assert torch.equal(plain[:, :4], fast[:, :4])
+
+
+def test_prompt_indices():
     """Two documents with branches, one without, padding: who answers, and what each sees."""
     document = torch.tensor([[0, 0, 0, 0, 0, 1, 1, -1], [0, 0, 0, 0, -1, -1, -1, -1]])
     branch = torch.tensor([[0, 0, 1, 1, 2, 0, 0, 0], [1, 1, 2, 3, 0, 0, 0, 0]])
-    assert contexts(document, branch).tolist() == [[0, 1, 2, 3], [-1, 0, 1, 4], [-1, -1, 5, 6],
+    assert prompt_indices(document, branch).tolist() == [[0, 1, 2, 3], [-1, 0, 1, 4], [-1, -1, 5, 6],
                                                      [-1, -1, 8, 9], [-1, -1, -1, 10], [-1, -1, -1, 11]]
 
 
 def test_sampling_filters():
     scores = torch.tensor([[4., 3, 2, 1, 0]]).expand(4000, 5)
-    draw = lambda **kw: sample(scores, **dict(temperature=1., top_k=0, top_p=1.,  # noqa: E731
+    draw = lambda **kw: sample_token(scores, **dict(temperature=1., top_k=0, top_p=1.,  # noqa: E731
                                                 generator=torch.Generator().manual_seed(0)) | kw)
     freq = torch.bincount(draw(), minlength=5) / 4000
     assert difference(freq, scores[0].softmax(0)) < 0.03
@@ -542,7 +553,7 @@ def test_mask_against_loops():
         visual = torch.rand(2, L, generator=generator) < 0.5 if case % 2 else None
         if visual is not None:
             branch[visual] = 0             # pictures stand in the shared part
-        got = make_mask(document, branch, visual)
+        got = dense_mask(document, branch, visual)
         assert got.shape == (2, 1, L, L)
         for b in range(2):
             assert torch.equal(got[b, 0], slow_mask(document[b], branch[b], visual if visual is None else visual[b]))
@@ -556,7 +567,7 @@ def test_segments_are_the_dense_mask_and_its_gradients(monkeypatch):
     def number(low, high):
         return int(torch.randint(low, high, (), generator=generator))
     for case in range(30):
-        monkeypatch.setattr(Segments, 'BLOCK', 3 if case % 2 else 64)
+        monkeypatch.setattr(PackedTreeAttention, 'BLOCK', 3 if case % 2 else 64)
         document, branch = torch.zeros(2, 3, 40, dtype=torch.long)
         for b in range(3):
             i = 0
@@ -571,7 +582,7 @@ def test_segments_are_the_dense_mask_and_its_gradients(monkeypatch):
         shapes = ((3, 4, 40, 8), (3, 2, 40, 8), (3, 2, 40, 8))
         inputs = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
         results = []
-        for mask in (make_mask(document, branch), Segments(document, branch)):
+        for mask in (dense_mask(document, branch), PackedTreeAttention(document, branch)):
             out = m.attention(*inputs, mask)
             results.append((out, *torch.autograd.grad(out.sin().sum(), inputs)))
         for dense, pieces in zip(*results):
@@ -584,11 +595,11 @@ def test_flex_attention_has_the_same_rule():
     document = torch.tensor([[0] * 70 + [1] * 50 + [-1] * 8, [0] * 128])
     branch = torch.randint(0, 3, (2, 128), generator=generator)
     visual = (torch.rand(2, 128, generator=generator) < 0.3) & (branch == 0)
-    from torch.nn.attention.flex_attention import create_mask, flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
     for v in (None, visual):
-        dense, sees = make_mask(document, branch, v), m.mask_rule(document, branch, v)
+        dense, sees = dense_mask(document, branch, v), m.mask_rule(document, branch, v)
         assert torch.equal(create_mask(sees, 2, None, 128, 128, device='cpu'), dense)
-        block = m.create_block_mask(sees, 2, None, 128, 128, device='cpu')
+        block = create_block_mask(sees, 2, None, 128, 128, device='cpu')
         query, key, value = (torch.randn(2, h, 128, 16, generator=generator) for h in (4, 2, 2))
         got = flex_attention(query, key, value, block_mask=block, enable_gqa=True)
         assert difference(got, m.attention(query, key, value, dense)) < 1e-5      # measured 7e-7
@@ -605,8 +616,8 @@ def packed(rows):
         positions += range(start, start + len(part))
         if branch == 0:
             shared[document] = start + len(part)
-    return {k: torch.tensor([v]) for k, v in dict(tokens=tokens, document_ids=documents, branch_ids=branches,
-                                                  position_ids=positions).items()} | {'causal': False}
+    return Batch(tokens=torch.tensor([tokens]), document_ids=torch.tensor([documents]), branch_ids=torch.tensor([branches]),
+                 position_ids=torch.tensor([positions]))
 
 
 PACK = [(0, 0, text(9)), (0, 1, text(6, 1)), (0, 2, text(7, 2)), (1, 0, text(5, 3)), (1, 1, text(4, 4)), (-1, 0, [0] * 3)]
@@ -627,12 +638,12 @@ def test_a_token_touches_only_those_who_see_it():
     """Bitwise: other documents, other branches and the past do not change; its own future does."""
     model = ours(tiny())
     batch = packed(PACK)
-    before, L = logits(model, batch)[0], batch['tokens'].shape[1]
-    sees = slow_mask(batch['document_ids'][0], batch['branch_ids'][0], None)
+    before, L = logits(model, batch)[0], batch.tokens.shape[1]
+    sees = slow_mask(batch.document_ids[0], batch.branch_ids[0], None)
     for j in (2, 11, 17, 24, 29):
-        changed = batch['tokens'].clone()
+        changed = batch.tokens.clone()
         changed[0, j] = 291
-        after = logits(model, batch | {'tokens': changed})[0]
+        after = logits(model, replace(batch, tokens=changed))[0]
         same = torch.tensor([torch.equal(before[i], after[i]) for i in range(L)])
         assert torch.equal(~same, sees[:, j])
 
@@ -644,7 +655,8 @@ def test_molmo2_documents_do_not_mix():
     part = [MOLMO2_IDS[0]] + [MOLMO2_IDS[2]] * 4 + [MOLMO2_IDS[1]]
     rows = [(d, 0, text(3, d) + part + text(4, 5 + d)) for d in range(2)]
     both = packed(rows)
-    both.update({k: v for k, v in make_batch(config, both['tokens'].tolist(), pictures).items() if k not in both})
+    seen = make_batch(config, both.tokens.tolist(), pictures)
+    both = replace(both, patches=seen.patches, pool_index=seen.pool_index, visual_index=seen.visual_index, grid=seen.grid)
     got = logits(model, both)[0]
     for d in range(2):
         alone = logits(model, make_batch(config, [rows[d][2]], pictures[d:d + 1]))[0]
@@ -663,33 +675,35 @@ def test_weighted_cross_entropy(chunk, z_loss):
     for plain in (True, False):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         if plain:
-            nll = F.cross_entropy(h @ w.T, targets, reduction='none')
-            loss = ((nll + z_loss * (h @ w.T).logsumexp(1) ** 2) * weights).sum()
+            loss, nll = plain_loss(h, w, targets, weights, z_loss)
+            expected = F.cross_entropy(h @ w.T, targets, reduction='none')
+            assert difference(nll, expected) < 1e-6
+            assert difference(loss, ((expected + z_loss * (h @ w.T).logsumexp(1) ** 2) * weights).sum()) < 1e-5
         else:
-            loss, nll = WeightedCrossEntropy.apply(h, w, targets, weights, chunk, z_loss)
+            loss, nll = ChunkedLoss.apply(h, w, targets, weights, chunk, z_loss)
         (3 * loss).backward()
         results.append((loss, nll, h.grad, w.grad))
     for a, b in zip(*results):
         assert difference(a, b) < 1e-6 * a.abs().max()     # measured 3e-7
     with torch.autocast('cpu', torch.bfloat16):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss, nll = WeightedCrossEntropy.apply(h, w, targets, weights, chunk, z_loss)
+        loss, nll = ChunkedLoss.apply(h, w, targets, weights, chunk, z_loss)
     (3 * loss).backward()
     assert h.grad.dtype == w.grad.dtype == nll.dtype == torch.float32
     for a, b in zip(results[0], (loss, nll, h.grad, w.grad)):
         assert difference(a, b) < 0.02 * a.abs().max()     # measured 0.006: eight bits of mantissa
     for which in range(2):                 # one of the two frozen
         h, w = hidden.clone().requires_grad_(which == 0), weight.clone().requires_grad_(which == 1)
-        WeightedCrossEntropy.apply(h, w, targets, weights, chunk, z_loss)[0].backward()
+        ChunkedLoss.apply(h, w, targets, weights, chunk, z_loss)[0].backward()
         assert difference(3 * (h.grad if which == 0 else w.grad), results[0][2 + which]) < 1e-5
 
 
 def training_batch(config, seed=0):
     batch, _ = molmo2_case(config) if config.recipe == 'molmo2' else llava_case(config)
-    tokens = batch['tokens']
-    weights = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(seed)) * batch['real']
+    tokens = batch.tokens
+    weights = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(seed)) * (batch.document_ids >= 0)
     targets = tokens.roll(-1, 1) % config.language.vocab_size
-    return batch | dict(targets=targets, loss_weights=weights, loss_index=weights.flatten().nonzero()[:, 0])
+    return replace(batch, targets=targets, loss_weights=weights, loss_index=weights.flatten().nonzero()[:, 0])
 
 
 def gradients(model, batch):
@@ -705,13 +719,31 @@ def test_forward_is_the_weighted_loss(config):
     batch = training_batch(config)
     loss, grads = gradients(model, batch)
     model.zero_grad()
-    every = model.logits(model.hidden(batch)).flatten(0, 1)
-    plain = (F.cross_entropy(every, batch['targets'].flatten(), reduction='none') * batch['loss_weights'].flatten()).sum()
+    every = model.logits(model.hidden_states(batch)).flatten(0, 1)
+    plain = (F.cross_entropy(every, batch.targets.flatten(), reduction='none') * batch.loss_weights.flatten()).sum()
     plain.backward()
     assert abs(loss - plain.item()) < 1e-5 * abs(loss)
     assert set(grads) == {n for n, p in model.named_parameters()}                 # all parts train
     for name, p in model.named_parameters():
         assert difference(grads[name], p.grad) < 1e-5 * max(p.grad.abs().max(), 1), name
+
+
+@pytest.mark.parametrize('config', [tiny(), tiny_molmo2()], ids=['nano', 'molmo2'])
+def test_fast_forms_have_the_plain_loss_and_gradients(config):
+    """Attention with a dense mask and the loss in a few lines, as model.py says them, on packed trees with pictures."""
+    from trees import PROCESSOR, build, tree
+
+    from data import collate
+    model = build(recipe=config.recipe)
+    batch = collate([[tree(1, 3), tree(2, 0)], [tree(3, 5, frames=True)]], PROCESSOR, 71)
+    results = []
+    for fast in (True, False):
+        model.zero_grad()
+        loss, nll = model(batch, loss_scale=.5, z_loss=1e-3, fast=fast)
+        loss.backward()
+        results.append((loss.detach(), nll.detach(), *(p.grad.clone() for p in model.parameters())))
+    for a, b in zip(*results):
+        assert difference(a, b) < 1e-5 * max(b.abs().max(), 1)       # measured 2e-6
 
 
 @pytest.mark.parametrize('every', [1, 2])
@@ -721,7 +753,7 @@ def test_recompute_gives_the_same_gradients(every):
     model.language_model.dropout = .3
     results = []
     for n in (0, every):
-        model.language_model.recompute = model.vision_tower.recompute = n
+        model.language_model.checkpoint_every = model.vision_tower.checkpoint_every = n
         torch.manual_seed(0)
         results.append(gradients(model.train(), batch))
     (loss, grads), (again, grads_again) = results

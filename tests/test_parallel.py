@@ -1,4 +1,5 @@
 """Several processes on the CPU against one: every combination gives its loss and its gradients."""
+import importlib
 import json
 import os
 import socket
@@ -14,8 +15,9 @@ import torch.multiprocessing as mp
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from data import collate  # noqa: E402
-from parallel import share_rows  # noqa: E402
-from model import compile_blocks, rotary_table, whole  # noqa: E402
+from parallel import split_batch  # noqa: E402
+from extra.kernels import compile_blocks  # noqa: E402
+from model import full_tensor, rotary_table  # noqa: E402
 from extra.plan import saved_bytes  # noqa: E402
 from trees import PROCESSOR, batches, build, one_process, tree  # noqa: E402
 
@@ -31,7 +33,8 @@ def launch(function, world, *args, nodes=1):
 def _start(rank, world, nodes, port, function, args):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world // nodes), MASTER_PORT=str(port),
                       LOCAL_RANK=str(rank % (world // nodes)), MASTER_ADDR='localhost')
-    import parallel                            # reads them
+    import parallel
+    importlib.reload(parallel)                 # it reads them when it is imported
     parallel.start(torch.device('cpu'), 1)
     function(rank, *args)
     if world > 1:
@@ -50,14 +53,14 @@ def _compare(rank, folder, layouts):
         train.parallel, train.cp = layout, cp
         cut = None if layout == 'ddp' else lambda m: parallel.shard(m, layout == 'hsdp', None, True, False)
         model = build(frozen, recipe, cut, **sizes)
-        model.group = parallel.row_group(cp, model.config.language.num_heads)
+        group = parallel.make_cp_group(cp, model.config.language.num_heads)
         rows = batches(world // cp * accumulation)[rank // cp::world // cp]
-        rows = [share_rows(b, rank % cp, cp) if cp > 1 else b for b in rows]
-        loss, _ = train.backward(model, train.distribute(model), rows, torch.enable_grad())
+        rows = [split_batch(b, rank % cp, cp) if cp > 1 else b for b in rows]
+        loss, _ = train.backward(model, train.distribute(model), rows, torch.enable_grad(), cp_group=group)
         worst = 0.
         for name, p in model.named_parameters():
             if p.requires_grad:
-                error = (whole(p.grad) - gradients[name]).abs().max() / gradients[name].abs().max().clamp(min=1e-3)
+                error = (full_tensor(p.grad) - gradients[name]).abs().max() / gradients[name].abs().max().clamp(min=1e-3)
                 worst = max(worst, error.item())
         table.append([layout, cp, accumulation, frozen, recipe, sizes, abs(loss.item() / expected - 1), worst])
     if rank == 0:
@@ -87,7 +90,6 @@ def test_four_processes_on_two_nodes(tmp_path):
 
 def _measure(rank, folder, cp):
     """What a forward and backward pass of one long row sends and keeps, with and without others to share it."""
-    import model as m
     import parallel
     vlm = build(frozen=True, num_heads=8, num_kv_heads=2)
     row, kept, sent = collate([[tree(i, 8, frames=True) for i in range(24)]], PROCESSOR), {}, [0]
@@ -100,17 +102,18 @@ def _measure(rank, folder, cp):
     def pack(x):
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
-    m.dist.all_to_all_single = counted
+    parallel.dist.all_to_all_single = counted
+    group = None
     if cp > 1:
-        vlm.group = parallel.row_group(cp, 8)
-        row = share_rows(row, rank, cp)
+        group = parallel.make_cp_group(cp, 8)
+        row = split_batch(row, rank, cp)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss, _ = vlm(row)
+        loss, _ = vlm(row, cp_group=group)
     forward = sent[0]
     loss.backward()
     if rank == 0:
         (folder / f'{cp}.json').write_text(json.dumps(
-            [row['row_tokens'].shape[1] if cp > 1 else 0, forward, sent[0],
+            [row.row_tokens.shape[1] if cp > 1 else 0, forward, sent[0],
              sum(size for where, size in kept.items() if where not in own)]))
 
 
@@ -172,13 +175,13 @@ def _compiled(rank, folder, cp):
     """Rows of one size that differ in all else, through compiled blocks: after four batches nothing compiles again."""
     import parallel
     plain, vlm = build(), build()
-    vlm.group = parallel.row_group(cp, 4)
+    group = parallel.make_cp_group(cp, 4)
     compile_blocks(vlm, backend='aot_eager')       # inductor would only take longer: the guards are the same
     for i in range(9):
         trees = [tree(5 * i + k, k % 3 + (k == i % 5), frames=k == 3) for k in range(5)]
         row = collate([trees], PROCESSOR, 200)
         torch._dynamo.config.error_on_recompile = i >= 4
-        loss, expected = vlm(share_rows(row, rank, cp) if cp > 1 else row)[0], plain(row)[0]
+        loss, expected = vlm(split_batch(row, rank, cp) if cp > 1 else row, cp_group=group)[0], plain(row)[0]
         loss.backward()
         expected.backward()
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5) or cp > 1

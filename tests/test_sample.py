@@ -17,7 +17,7 @@ import data  # noqa: E402
 import model as m  # noqa: E402
 from extra.hf import load_checkpoint, load_model, save_model  # noqa: E402
 import sample  # noqa: E402
-import serve  # noqa: E402
+from extra import serve  # noqa: E402
 from media import load_video  # noqa: E402
 
 
@@ -74,7 +74,7 @@ def test_none_one_and_two_pictures(ask, images):
 def scripted(monkeypatch, processor, answer):
     """A model that says `answer`."""
     ids = processor.encode(answer) + [processor.im_end]
-    monkeypatch.setattr(m.VLM, 'generate', lambda self, batch, *_, **how: iter(torch.tensor([[i] for i in ids])))
+    monkeypatch.setattr(sample, 'generate', lambda self, batch, *_, **how: iter(torch.tensor([[i] for i in ids])))
 
 
 def test_points_are_printed_and_drawn(checkpoint, monkeypatch, capsys, tmp_path):
@@ -144,7 +144,7 @@ def test_a_conversation_is_encoded_once(checkpoint, monkeypatch):
         encoded.clear()
         said = ''.join(chat.ask(text))
         sizes.append(encoded[0])
-        fresh.held = []                      # nothing to go on from
+        fresh.cached_tokens = []                      # nothing to go on from
         encoded.clear()
         assert said == ''.join(fresh.ask(text)) and said and chat.messages == fresh.messages
         assert turn in (0, 2) and sizes[-1] == encoded[0] or turn in (1, 3) and sizes[-1] < encoded[0] / 2

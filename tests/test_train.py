@@ -19,6 +19,7 @@ import data  # noqa: E402
 import model as model_module  # noqa: E402
 from extra.hf import load_model  # noqa: E402
 import train  # noqa: E402
+from extra import checkpoint  # noqa: E402
 
 TINY = dict(vision="{'hidden_size': 32, 'intermediate_size': 64, 'num_layers': 1, 'num_heads': 2, 'image_size': 32, "
                    "'patch_size': 8, 'feature_layers': (-1,)}",
@@ -239,7 +240,7 @@ def test_trees_are_the_weighted_sum_of_their_conversations(world):
     alone = [data.collate([[example({**r, 'conversations': [c]})]], processor) for r in records for c in r['conversations']]
     trees = data.collate([[example(r)] for r in records], processor)
     packed = data.collate([[example(r) for r in records]], processor)
-    assert packed['tokens'].shape[0] == 1 and packed['tokens'].numel() - 8 < sum(len(example(r).tokens) for r in records)
+    assert packed.tokens.shape[0] == 1 and packed.tokens.numel() - 8 < sum(len(example(r).tokens) for r in records)
     expected, gradients = loss_and_gradients(alone)
     for batch in (trees, packed):
         loss, got = loss_and_gradients([batch])
@@ -360,7 +361,7 @@ def test_narrow_numbers_take_nearly_the_same_steps_and_a_trace_is_written(world,
 def test_an_overflow_halves_the_scale_and_a_long_peace_doubles_it():
     scaling = torch.tensor([1024., 1998.])
     for bad, expected in ((0., [1024., 1999.]), (0., [2048., 0.]), (1., [1024., 0.]), (0., [1024., 1.])):
-        scaling = train.next_scale(scaling, torch.tensor(bad))
+        scaling = train.update_loss_scale(scaling, torch.tensor(bad))
         assert scaling.tolist() == expected
 
 
@@ -414,7 +415,7 @@ def test_moments_are_made_on_the_device_of_their_parameter():
     """Fused AdamW reads the number of steps in its kernel: on the CPU it would be an illegal access on CUDA."""
     p = torch.empty(3, 4, device='meta')
     for size in (p.shape, torch.Size([])):
-        moment = train.room_for_moment(p, size)
+        moment = checkpoint.room_for_moment(p, size)
         assert moment.device == p.device and moment.shape == size
 
 
@@ -424,10 +425,10 @@ def test_random_states_come_back(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_rng_state', lambda dev: fake['state'].clone())
     monkeypatch.setattr(torch.cuda, 'set_rng_state', lambda state, dev: fake.update(state=state))
     dev = torch.device('cuda', 0)
-    state = train.random_state(dev)
+    state = checkpoint.random_state(dev)
     expected = torch.rand(3)
     fake['state'] = torch.tensor([2], dtype=torch.uint8)
-    train.set_random_state(state, dev)
+    checkpoint.set_random_state(state, dev)
     assert torch.equal(torch.rand(3), expected) and fake['state'].item() == 1
 
 

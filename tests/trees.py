@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import Example, collate  # noqa: E402
-from model import VLM, held, make_config  # noqa: E402
+from model import VLM, local_shard, make_config  # noqa: E402
 
 VISION = dict(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, image_size=32, patch_size=8,
               feature_layers=(-1,))
@@ -60,14 +60,14 @@ def build(frozen=False, recipe='nano', cut=None, **language):
     with torch.no_grad():                      # some matrices start at 0 and would hide the gradients of those before
         for p in model.parameters():
             noise = torch.empty(p.shape).normal_(0, .1, generator=generator)
-            mine, first = held(p)
+            mine, first = local_shard(p)
             mine += noise[first:first + len(mine)]
     return model.train()
 
 
 def one_process(model, batches):
     """(loss, gradients) of a step over all batches: the weighted mean."""
-    total = sum(b['total_weight'] for b in batches)
+    total = sum(b.total_weight for b in batches)
     loss = sum(model(b)[0] for b in batches) / total
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
