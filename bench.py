@@ -438,7 +438,7 @@ class FullSizeStep:
         self.settings = settings
         self.device = device
         self.amp = amp
-        self.model = train.set_trained(planned_model(settings)).to_empty(device=device)
+        self.model = train.apply_training_settings(planned_model(settings)).to_empty(device=device)
         self.model.set_buffers(device)
         random_weights(self.model)
         if settings['compile']:
@@ -450,7 +450,7 @@ class FullSizeStep:
 
     def __call__(self):
         autocast = torch.autocast(self.device.type, self.amp, enabled=self.amp != torch.float32)
-        loss, _ = train.backward(self.model, self.model, [self.batch], autocast)
+        loss, _ = train.forward_backward(self.model, self.model, [self.batch], autocast)
         train.step_optimizers(self.optimizers, 0)
         return loss.item()
 

@@ -4,28 +4,30 @@
        │  VisionTransformer   CLIP or SigLIP2; the outputs of one or more of its layers
        ▼
     features [num_crops x num_patches, feature_size]
-       │  Connector           each visual token pools the patches that `pool_index` names: a mean and a linear layer, a
-       ▼                      mean and an MLP, or Molmo2's attention pooling and SwiGLU
+       │  Connector           each visual token pools the patches that `pool_index` names, by
+       ▼                      a mean and a linear layer, a mean and an MLP, or attention
     visual tokens [num_visual_tokens, width]
-       │  VLM.embed           they replace (nano) or are added to (molmo2) the embeddings of the placeholder tokens
-       ▼
-    Decoder                   Qwen3: RMSNorm, rotary positions, q/k norm, grouped-query attention, SwiGLU
-       ▼
+       │  VLM.embed           they replace (nano) or are added to (molmo2) the embeddings of
+       ▼                      the placeholder tokens
+    Decoder                   Qwen3: RMSNorm, rotary positions, q/k norm, grouped-query attention,
+       ▼                      SwiGLU
     hidden states [B, L, width]  ->  logits, where a token has a loss weight
 
-What comes in is a `Batch`, documented field by field below; data.py makes it. Notable choices:
+What comes in is a `Batch`, documented field by field below; data.py makes it. A crop is a picture
+or a frame of a video resized to what the tower takes, or a tile of one; each has P patches.
 
-- The vision transformer takes patches, not pictures, so its convolution is a linear layer. Layers above the last one whose
-  output is used are not built.
-- The mask is made once for each batch and handed down. `mask_rule` says who attends to whom, `choose_attention` decides in
-  which form that is computed, and nothing else decides it.
+- The vision transformer takes patches, not pictures, so its patch-embedding convolution is a
+  linear layer. Layers above the last one whose output is used are not built.
+- The mask is made once per batch and handed down to all layers. `mask_rule` says which token
+  attends to which, and `choose_attention` decides how the decoder computes that.
 - Parameter names are Hugging Face's, so a checkpoint is loaded by a rule of prefixes (extra/hf.py).
-- What has a faster form has its plain form here, and tests hold both equal: attention with a dense mask (`dense_mask`), the
-  loss (`plain_loss`), generation (`VLM.generate`). The faster forms are in extra/kernels.py and extra/engine.py.
+- What has a faster form in extra/ has its plain form here, and tests hold both equal: attention
+  with a dense mask, the loss (`plain_loss`), generation (`VLM.generate`). `VLM(config, fast=False)`
+  computes by nothing else.
 
 No data handling here.
 
-    python model.py [config/stage1.py] [--key=value]     parameters, what trains, memory of each stage
+    python model.py [config/stage1.py] [--key=value]     parameters, what trains, memory per stage
 """
 import json
 import sys
@@ -49,18 +51,18 @@ from configurator import UserError
 class VisionConfig:
     hidden_size: int
     intermediate_size: int
-    num_layers: int       # of the released tower; only those up to the last feature layer are built
+    num_layers: int                 # of the released tower; __post_init__ keeps those that are used
     num_heads: int
     image_size: int                     # pixels a side for which the table of positions was trained
     patch_size: int                        # pixels a side
-    style: str = 'clip'                    # clip: class token, LayerNorm after the embeddings, patches without bias | siglip
+    style: str = 'clip'                # clip (class token, LayerNorm after the embeddings) | siglip
     activation: str = 'quick_gelu'
     layer_norm_eps: float = 1e-5
-    feature_layers: tuple = (-2,)          # blocks whose outputs are concatenated; negative counts from the end
+    feature_layers: tuple = (-2,)          # layers whose outputs are concatenated; -1 is the last
 
     def __post_init__(self):
-        every = range(self.num_layers)
-        self.feature_layers = tuple(every[i] for i in self.feature_layers)
+        layers = range(self.num_layers)
+        self.feature_layers = tuple(layers[i] for i in self.feature_layers)
         self.num_layers = max(self.feature_layers) + 1
 
     @property
@@ -111,6 +113,10 @@ LANGUAGE = {                               #            width   mlp  layers head
     'Qwen/Qwen3-4B-Instruct-2507': _qwen3(               2560, 9728, 36, 32, theta=5e6, positions=262144),
     'Qwen/Qwen3-8B': _qwen3(                             4096, 12288, 36, 32, tied=False),
 }
+# Pixels are normalised as each tower was trained: (x / 255 - mean) / std, a number for each of red,
+# green and blue
+PIXEL_STATS = {'clip': ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+               'siglip': ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
 # The ids of Molmo2's visual tokens in its own tokenizer: all special ones but the text placeholders
 # 151941 and 151945
 MOLMO2_VISUAL_IDS = (151936, 151937, 151938, 151939, 151940, 151942, 151943, 151944)
@@ -118,20 +124,22 @@ MOLMO2_VISUAL_IDS = (151936, 151937, 151938, 151939, 151940, 151942, 151943, 151
 
 @dataclass
 class Config:
-    """Sizes, token ids, and the recipe. The two recipes differ in three places and nowhere else in
-    this file:
+    """Sizes, token ids, and the recipe. The recipes differ in three things:
 
-                            nano                                     molmo2
-    default features        the last layer but one                   two layers, concatenated (make_config)
-    VLM.embed               visual tokens replace placeholders       visual tokens are added to them
-    mask_rule               every token attends to earlier ones      visual tokens attend to one another too
+                          nano                                  molmo2
+        features          of the last layer but one             of two layers (make_config)
+        VLM.embed         visual tokens replace placeholders    visual tokens are added to them
+        mask_rule         tokens attend to earlier tokens       visual tokens to one another, too
+
+    What follows from the last one stands in choose_attention and VLM.make_mask. The connector is a
+    choice of its own, although released Molmo2 models have the one of that name.
     """
     vision: VisionConfig
     language: LanguageConfig
     recipe: str = 'nano'                   # nano | molmo2
     connector: str = 'linear'            # linear | mlp (both after a mean over the window) | molmo2
     connector_size: int = 0                # width inside molmo2's SwiGLU; 0: as the decoder's
-    pooling: int = 2                       # patches a side that one visual token of a picture pools
+    pooling: int = 2                   # a visual token of a picture pools pooling x pooling patches
     image_token_id: int = 151655           # the placeholder <|image_pad|>, or <im_patch>
     video_token_id: int = 151656           # <|video_pad|>
     eos_token_id: int = 151645             # <|im_end|>
@@ -177,7 +185,7 @@ def _sizes(table, value, what):
 
 
 # --------------------------------------------------------------------------------------------------
-# Attention, for all parts
+# Attention and activation checkpointing, for all parts
 
 def attention(query, key, value, mask):
     """Grouped-query attention: for each head, softmax(query @ key^T / sqrt(d)) @ value.
@@ -194,19 +202,16 @@ def attention(query, key, value, mask):
     if isinstance(mask, BlockMask):
         from extra.kernels import flex                   # FlexAttention, compiled
         return flex(query, key, value, mask)
-    if mask is None and query.device.type == 'cpu' and query.requires_grad:
-        from extra.kernels import small_attention   # the same, with a faster backward pass on a CPU
-        return small_attention(query, key, value, mask)
     is_causal = isinstance(mask, str)
     dense = None if is_causal else mask
     is_grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=dense, is_causal=is_causal, enable_gqa=is_grouped)
 
 
-def is_checkpointed(every, layer):
-    """Activation (gradient) checkpointing: a block that is checkpointed keeps only its input for
-    the backward pass and computes the rest again there. `every` = n checkpoints each n-th block, 0
-    none."""
+def is_recomputed(every, layer):
+    """Activation (gradient) checkpointing: does this layer keep only its input for the backward
+    pass, and compute the rest again there? Each layer whose number `every` divides does; 0: none.
+    """
     return bool(every) and layer % every == 0 and torch.is_grad_enabled()
 
 
@@ -220,27 +225,31 @@ ACTIVATION = {
 }
 
 
-def crop_attention(query, key, value, shapes):
+def crop_attention(query, key, value, shapes, fast=True):
     """Attention inside each crop. A batch may hold crops of two sizes: pictures, and frames of
     videos.
 
     query, key, value [T, heads, d], the tokens of all crops one after the other; shapes [(N, P),
     ..]: first N crops of P tokens each, then others. Returns [T, heads, d].
     """
+    attend = attention
+    if fast and query.device.type == 'cpu' and query.requires_grad:
+        from extra.kernels import small_attention as attend      # the same, with a faster backward pass on a CPU
     sizes = [crops * tokens for crops, tokens in shapes]
     results = []
     for (crops, tokens), q, k, v in zip(shapes, query.split(sizes), key.split(sizes), value.split(sizes)):
         q = q.unflatten(0, (crops, tokens)).transpose(1, 2)              # [crops, heads, tokens, d]
         k = k.unflatten(0, (crops, tokens)).transpose(1, 2)
         v = v.unflatten(0, (crops, tokens)).transpose(1, 2)
-        x = attention(q, k, v, None)
+        x = attend(q, k, v, None)
         results.append(x.transpose(1, 2).flatten(0, 1))                 # [crops x tokens, heads, d]
     return torch.cat(results)
 
 
 class VisionAttention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, fast=True):
         super().__init__()
+        self.fast = fast
         self.num_heads = config.num_heads
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -253,7 +262,7 @@ class VisionAttention(nn.Module):
         query = self.q_proj(x).unflatten(-1, (self.num_heads, -1))               # [T, heads, d]
         key = self.k_proj(x).unflatten(-1, (self.num_heads, -1))
         value = self.v_proj(x).unflatten(-1, (self.num_heads, -1))
-        x = crop_attention(query, key, value, shapes)
+        x = crop_attention(query, key, value, shapes, self.fast)
         return self.out_proj(x.flatten(1))
 
 
@@ -269,10 +278,10 @@ class VisionMLP(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, fast=True):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.self_attn = VisionAttention(config)
+        self.self_attn = VisionAttention(config, fast)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = VisionMLP(config)
 
@@ -319,20 +328,21 @@ class VisionEmbeddings(nn.Module):
 class VisionTransformer(nn.Module):
     """CLIP (Radford et al. 2021) and SigLIP2 (Tschannen et al. 2025) towers.
 
-    `checkpoint_every` is activation checkpointing, as in `is_checkpointed`.
+    `recompute_every`: activation checkpointing, see `is_recomputed`.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, fast=True):
         super().__init__()
         self.config = config
-        self.checkpoint_every = 0
+        self.recompute_every = 0
         self.embeddings = VisionEmbeddings(config)
         # The name is misspelt in CLIP's checkpoints, and so here
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.style == 'clip' else None
-        layers = [VisionBlock(config) for _ in range(config.num_layers)]
+        layers = [VisionBlock(config, fast) for _ in range(config.num_layers)]
         self.encoder = nn.ModuleDict({'layers': nn.ModuleList(layers)})
 
     def is_trained(self):
+        """A tower is trained as a whole or frozen as a whole, so one weight tells."""
         return self.embeddings.patch_embedding.weight.requires_grad
 
     def forward(self, crops):
@@ -345,7 +355,7 @@ class VisionTransformer(nn.Module):
             x = self.pre_layrnorm(x)
         outputs = {}
         for i, block in enumerate(self.encoder['layers']):
-            if is_checkpointed(self.checkpoint_every, i):
+            if self.is_trained() and is_recomputed(self.recompute_every, i):
                 x = checkpoint(block, x, shapes, use_reentrant=False)
             else:
                 x = block(x, shapes)
@@ -387,10 +397,10 @@ class AttentionPooling(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def forward(self, x, valid):
-        """x [T, W, feature_size]: the W patches of each of T windows; valid [T, W], False where
-        there is no patch. Returns [T, width]."""
-        number = valid.sum(1)[:, None, None].clamp(min=1)
-        mean = x.sum(1, keepdim=True) / number                                # [T, 1, feature_size]
+        """x [T, W, feature_size]: the W patches of each of T windows, 0 where there is none; valid
+        [T, W], False there. Every window has at least one patch. Returns [T, width]."""
+        number = valid.sum(1)[:, None, None]
+        mean = x.sum(1, keepdim=True) / number                               # [T, 1, feature_size]
         query = self.split_heads(self.q_proj(mean))                              # [T, heads, 1, d]
         key = self.split_heads(self.k_proj(x))                                   # [T, heads, W, d]
         value = self.split_heads(self.v_proj(x))
@@ -427,14 +437,14 @@ class Connector(nn.Module):
 
     def forward(self, features, pool_index):
         """features [patches of all crops, feature_size]; pool_index [T, W], the patches of each of
-        T visual tokens, -1 for none -> [T, width]."""
+        T visual tokens, -1 for none but not for all of them -> [T, width]."""
         valid = pool_index >= 0
         x = features.index_select(0, pool_index.clamp(min=0).flatten())
         x = x.unflatten(0, pool_index.shape) * valid[..., None]               # [T, W, feature_size]
         if self.kind == 'molmo2':
             return self.image_projector(self.image_pooling_2d(x, valid))
-        if x.shape[1] == 1:
-            x = x.squeeze(1)                                                     # [T, feature_size]
+        if x.shape[1] == 1:                  # a mean of one patch is that patch
+            x = x.squeeze(1)                                                 # [T, feature_size]
         else:
             x = x.sum(1) / valid.sum(1, keepdim=True)
         x = self.linear_1(x)
@@ -449,13 +459,15 @@ class Connector(nn.Module):
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension (Zhang & Sennrich 2019)."""
 
-    def __init__(self, width, eps):
+    def __init__(self, width, eps, fast=True):
         super().__init__()
+        self.fast = fast
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        if x.device.type == 'cpu' and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        is_training_on_cpu = x.device.type == 'cpu' and torch.is_grad_enabled()
+        if self.fast and is_training_on_cpu and not torch.compiler.is_compiling():
             from extra.kernels import RMSNormCPU         # the same in half the passes over memory
             x = RMSNormCPU.apply(x, self.weight, self.eps)
         else:
@@ -468,8 +480,8 @@ class RMSNorm(nn.Module):
 
 def rotary_table(position_ids, head_dim, theta):
     """Rotary positions (Su et al. 2021): cos and sin [B, L, 1, head_dim] of the angles by which
-    queries and keys are turned. Dimension i is turned together with dimension i + head_dim / 2, and
-    sin has the sign of each half in it."""
+    queries and keys are turned. Dimension i is turned together with dimension i + head_dim / 2; sin
+    is returned as [-sin, sin], so that `rotate` needs no negation."""
     exponent = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
     frequency = theta ** -exponent                                               # [head_dim / 2]
     angle = position_ids[..., None, None].float() * frequency              # [B, L, 1, head_dim / 2]
@@ -478,15 +490,14 @@ def rotary_table(position_ids, head_dim, theta):
 
 
 def rotate(x, cos, sin):
-    """With a and b the halves of x's last dimension: (a cos - b sin, b cos + a sin). The table has
-    the minus in it."""
+    """Turns x by the table's angles: halves (a, b) become (a cos - b sin, b cos + a sin)."""
     a, b = x.chunk(2, -1)
     swapped = torch.cat([b, a], -1)
     return (x * cos + swapped * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, fast=True):
         super().__init__()
         d = config.head_dim
         self.head_dim = d
@@ -494,14 +505,14 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.num_kv_heads * d, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.num_kv_heads * d, bias=False)
         self.o_proj = nn.Linear(config.num_heads * d, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(d, config.rms_norm_eps)
-        self.k_norm = RMSNorm(d, config.rms_norm_eps)
+        self.q_norm = RMSNorm(d, config.rms_norm_eps, fast)
+        self.k_norm = RMSNorm(d, config.rms_norm_eps, fast)
 
-    def forward(self, x, rotary, mask, update_cache=None, output_positions=None):
+    def forward(self, x, rotary, mask, cache_layer=None, output_positions=None):
         """x [B, L, width] -> [B, L, width], or [N, width] of the `output_positions` (see Decoder).
 
-        update_cache(key, value), when answers are generated, stores the new keys and values [B,
-        kv_heads, L, d] and returns those to attend to.
+        cache_layer: None, or (cache, number of this layer), when answers are generated: the cache
+        stores the new keys and values and returns those to attend to (extra/engine.py).
         """
         query = self.q_proj(x).unflatten(-1, (-1, self.head_dim))                # [B, L, heads, d]
         key = self.k_proj(x).unflatten(-1, (-1, self.head_dim))                # [B, L, kv_heads, d]
@@ -511,8 +522,9 @@ class Attention(nn.Module):
         query = query.transpose(1, 2)                                            # [B, heads, L, d]
         key = key.transpose(1, 2)
         value = value.transpose(1, 2)
-        if update_cache is not None:
-            key, value = update_cache(key, value)
+        if cache_layer is not None:
+            cache, layer = cache_layer
+            key, value = cache.update(layer, key, value)
         x = attention(query, key, value, mask)
         x = x.transpose(1, 2).flatten(2)                                         # [B, L, heads x d]
         if output_positions is not None:
@@ -521,17 +533,20 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, fast=True):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, fast)
+        self.self_attn = Attention(config, fast)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, fast)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.hidden_size)
 
-    def forward(self, x, rotary, mask, dropout=0., update_cache=None, output_positions=None):
-        attended = self.self_attn(self.input_layernorm(x), rotary, mask, update_cache, output_positions)
+    def forward(self, x, rotary, mask, dropout=0., cache_layer=None, output_positions=None):
+        """As Attention. dropout: the share of what attention and MLP add that is dropped; the
+        Decoder passes 0 outside training."""
+        normed = self.input_layernorm(x)
+        attended = self.self_attn(normed, rotary, mask, cache_layer, output_positions)
         if output_positions is not None:
-            x = x.flatten(0, 1).index_select(0, output_positions)                # [N, width]
+            x = x.flatten(0, 1).index_select(0, output_positions)            # [N, width]
         x = x + F.dropout(attended, dropout)
         return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), dropout)
 
@@ -539,43 +554,41 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Embeddings -> hidden states after the final norm.
 
-    `checkpoint_every` is activation checkpointing, as in `is_checkpointed`; `dropout` is the share
-    of what each block adds that is dropped in training.
+    `recompute_every`: activation checkpointing, see `is_recomputed`. `dropout`: the share of what
+    each block adds that is dropped in training.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, fast=True):
         super().__init__()
         self.config = config
-        self.checkpoint_every = 0
+        self.recompute_every = 0
         self.dropout = 0.
         self.embed_tokens = nn.Embedding(config.vocab_size + config.extra_vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(Block(config, fast) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, fast)
 
     def forward(self, x, position_ids, mask, cache=None, output_positions=None):
         """x [B, L, width] -> [B, L, width], or [N, width] of the tokens at `output_positions` [N]
         of the flattened B x L.
 
         With output_positions the last block attends over all tokens but runs its output projection
-        and its MLP for these alone, because no other output is used. cache.update(layer, key,
-        value) stores keys and values (extra/engine.py).
+        and its MLP for these alone, because no other output is used. cache: where keys and values
+        are stored when answers are generated (extra/engine.py).
         """
         cos, sin = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta)
-        # Cast to the dtype of queries and keys: float32 tables would promote every rotation and
-        # cast back in each layer
+        # Cast to the dtype of queries and keys, because float32 tables would promote every rotation
+        # and cast back in each layer
         rotary = [cos.to(compute_dtype(x)), sin.to(compute_dtype(x))]
         dropout = self.dropout if self.training else 0.
         for i, block in enumerate(self.layers):
             is_last = i == len(self.layers) - 1
             positions = output_positions if is_last else None
-            if is_checkpointed(self.checkpoint_every, i):
-                x = checkpoint(block, x, rotary, mask, dropout, None, positions, use_reentrant=False)
-            elif cache is not None:
-                def update_cache(key, value, layer=i):
-                    return cache.update(layer, key, value)
-                x = block(x, rotary, mask, dropout, update_cache, positions)
+            cache_layer = None if cache is None else (cache, i)
+            if is_recomputed(self.recompute_every, i):
+                x = checkpoint(block, x, rotary, mask, dropout, cache_layer, positions,
+                               use_reentrant=False)
             else:
-                x = block(x, rotary, mask, dropout, None, positions)
+                x = block(x, rotary, mask, dropout, cache_layer, positions)
         return self.norm(x)
 
 
@@ -584,12 +597,12 @@ class Decoder(nn.Module):
 
 @dataclass
 class Batch:
-    """B rows of L tokens, and the pictures among them. This is all that data and model know of one
-    another.
+    """B rows of L tokens, and the pictures among them: the only interface between data.py and the
+    model.
 
     A row holds one or several documents, one after the other (packing), and may end in padding. A
     document is a message tree: a prefix that all its conversations share, its pictures above all,
-    and then the conversations as branches, each of which attends to the prefix and to itself:
+    and then the conversations as branches. A branch attends to the prefix and to itself:
 
         tokens        <img> <img> <img> | user Q1 assistant A1 | user Q2 assistant A2 | pad
         document_ids    0     0     0       0   0     0     0      0   0     0     0    -1
@@ -597,34 +610,38 @@ class Batch:
         position_ids    0     1     2       3   4     5     6      3   4     5     6     0
     """
     tokens: torch.Tensor = None        # [B, L] int64
-    position_ids: torch.Tensor = None  # [B, L] int64: a branch goes on from the end of its document's prefix
+    position_ids: torch.Tensor = None  # [B, L] int64: a branch goes on from the end of its prefix
     document_ids: torch.Tensor = None  # [B, L] int64: 0, 1, .. in each row; -1 for padding
-    branch_ids: torch.Tensor = None    # [B, L] int64: 0 for a document's prefix, 1, 2, .. for its branches
-    causal: bool = False               # each row is one document with at most one branch: plain causal attention will do
+    branch_ids: torch.Tensor = None    # [B, L] int64: 0 for a prefix, 1, 2, .. for its branches
+    causal: bool = False               # each row is one document with at most one branch, so plain
+    #                                    causal attention will do
     # -- what is learnt; a prompt needs none of it
-    targets: torch.Tensor = None       # [B, L] int64: the token to predict at each place, which is the next one
-    loss_weights: torch.Tensor = None  # [B, L] float32: what that prediction weighs in the loss; 0 where there is none
-    loss_index: torch.Tensor = None    # [N] int64: the places with a loss weight, in the flattened B x L
-    loss_tasks: torch.Tensor = None  # [N] int64: the task of each of them, an index into data.TASKS
-    # -- pictures and frames of videos; None where a batch has none
-    patches: torch.Tensor = None       # [num_crops, num_patches, patch_dim] uint8: pixels of pictures, not normalised
+    targets: torch.Tensor = None       # [B, L] int64: the token after each; where that belongs to
+    #                                    another branch or document, the weight is 0
+    loss_weights: torch.Tensor = None  # [B, L] float32: what predicting it weighs in the loss
+    loss_index: torch.Tensor = None    # [N] int64: where loss_weights is not 0, in the flat B x L
+    loss_tasks: torch.Tensor = None    # [N] int64: the task of each, an index into data.TASKS
+    # -- crops of pictures and of videos' frames; None where a batch has none
+    patches: torch.Tensor = None      # [num_crops, num_patches, patch_dim] uint8, not normalised: a
+    #                                    patch's pixels by row and column, each red, green, blue
     grid: tuple = None                 # (rows, columns) of patches in each of these crops
-    frames: torch.Tensor = None        # likewise, for frames of videos when their size is not that of pictures
+    frames: torch.Tensor = None        # likewise: frames whose size is not that of pictures
     frame_grid: tuple = None
-    pool_index: torch.Tensor = None    # [num_visual_tokens, window] int64: the patches that a visual token pools, -1 for
-    #                                    none. The patches of `patches` are counted first, then those of `frames`
-    visual_index: torch.Tensor = None  # [num_visual_tokens] int64: the place of each, in the flattened B x L
-    # -- counted on the CPU, so that nobody has to ask the device
+    pool_index: torch.Tensor = None   # [num_visual_tokens, window] int64: the patches that a visual
+    #                                    token pools, -1 for none. The patches of `patches` are
+    #                                    counted first, then those of `frames`
+    visual_index: torch.Tensor = None  # [num_visual_tokens] int64: their places in the flat B x L
+    # -- counted on the CPU, because asking the device for a number makes it wait
     num_tokens: int = 0                # that are not padding
-    num_pairs: int = 0                 # of tokens of which one attends to the other
+    num_pairs: int = 0                 # (query, key) pairs that attend
     total_weight: float = 0.           # sum of loss_weights
-    rows: tuple = ()                   # (data set, row) of each example, for messages
+    sources: tuple = ()             # (data set, number of the record) of each example, for messages
     # -- when several ranks share each row (context parallelism, parallel.py)
-    row_tokens: torch.Tensor = None    # [B, whole L]: the tokens of whole rows, when `tokens` are a piece of them; then
-    #                                    document_ids and branch_ids are those of whole rows, too
+    row_tokens: torch.Tensor = None  # [B, whole L]: tokens of whole rows, when `tokens` are a piece
+    #                                    of them; document_ids and branch_ids are whole then, too
 
     def to(self, device):
-        """This batch with its tensors on another device; copies from pinned memory overlap what the
+        """This batch with its tensors on another device. Copies from pinned memory overlap what the
         device does."""
         return self._with_tensors(lambda x: x.to(device, non_blocking=True))
 
@@ -676,13 +693,16 @@ def dense_mask(document_ids, branch_ids, visual=None):
 
 
 def choose_attention(recipe, device, causal, fast=True):
-    """The form in which rows attend; all who need to know ask here. A new kernel would be chosen
-    here, made in `VLM.make_mask`, and computed by its method `attend`.
+    """How the decoder attends. A new kernel would be chosen here and made in VLM.make_mask; the
+    object made there computes it in its method `attend`.
 
     causal    SDPA's own causal mask, because rows of one conversation need no other
-    dense     SDPA with `dense_mask`: the plain form, and what is left where nothing faster is known
-    pieces    PackedTreeAttention: on a CPU a dense mask skips no work, so a row is cut into small dense pieces
-    flex      FlexAttention: on CUDA a dense mask of a long row would be gigabytes, so the rule is compiled into the kernel
+    dense     SDPA with `dense_mask`: the plain form, always taken without `fast`, and what is left
+              where nothing faster is known
+    pieces    PackedTreeAttention: on a CPU a dense mask skips no work, so a row is cut into small
+              dense pieces
+    flex      FlexAttention: on CUDA the dense mask of a long row would be gigabytes, so the rule
+              is compiled into the kernel
     """
     if causal and recipe == 'nano':
         return 'causal'
@@ -699,13 +719,12 @@ def choose_attention(recipe, device, causal, fast=True):
 # The whole
 
 def plain_loss(hidden, output_weight, targets, loss_weights, z_loss=0.):
-    """The loss, as plainly as it can be said; `chunked_loss` in extra/kernels.py computes the same
-    in less memory.
+    """The loss. `chunked_loss` in extra/kernels.py computes the same in less memory.
 
     hidden [N, width] of the tokens that have a loss, output_weight [vocabulary, width], targets
-    [N], loss_weights [N]. Returns (sum of loss_weights * (cross entropy + z_loss * log(sum of
-    exp(logits))^2), cross entropy of each token [N]). z_loss keeps logits near 0 (PaLM, Chowdhery
-    et al. 2022, section 5).
+    [N], loss_weights [N]. Returns (the sum of loss_weights * (nll + z_loss * log_total^2), nll
+    [N]), where nll is each token's cross entropy and log_total = log(sum of exp(logits)). z_loss
+    keeps log_total near 0, so that logits do not drift (PaLM, Chowdhery et al. 2022, section 5).
     """
     logits = F.linear(hidden, output_weight.to(hidden.dtype)).float()            # [N, vocabulary]
     nll = F.cross_entropy(logits, targets, reduction='none')
@@ -716,8 +735,8 @@ def plain_loss(hidden, output_weight, targets, loss_weights, z_loss=0.):
 
 def sample_token(logits, temperature, top_k, top_p, generator):
     """logits [B, vocabulary] -> token ids [B]. Temperature 0 takes the likeliest token. top_k keeps
-    so many likeliest tokens, 0 all; top_p keeps the smallest set of tokens whose probabilities
-    reach it."""
+    so many likeliest tokens, 0 all; top_p keeps the smallest set of tokens whose probabilities add
+    up to it."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -733,44 +752,33 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def sincos_positions(grid, width):
-    """[grid x grid, width]: sines and cosines of the row in one half, of the column in the other
-    (He et al. 2022, MAE)."""
-    frequency = 100 ** -(torch.arange(width // 4) / (width // 4))
-    angle = torch.arange(grid)[:, None] * frequency                              # [grid, width / 4]
-    one_axis = torch.cat([angle.sin(), angle.cos()], 1)                          # [grid, width / 2]
-    rows = one_axis.repeat_interleave(grid, 0)
-    columns = one_axis.repeat(grid, 1)
-    return torch.cat([rows, columns], 1)
-
-
-# Pixels are normalised as each tower was trained: (x / 255 - mean) / std, a number for each of red,
-# green and blue
-PIXEL_STATS = {'clip': ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-               'siglip': ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
-
-
 class VLM(nn.Module):
-    """A vision-language model: a function of its weights, its Config and a Batch."""
+    """A vision-language model: a function of its weights, its Config and a Batch.
 
-    def __init__(self, config):
+    fast=False computes everything by the plain forms of this file and never enters extra/.
+    """
+
+    def __init__(self, config, fast=True):
         super().__init__()
         self.config = config
-        self.vision_tower = VisionTransformer(config.vision)
+        self.fast = fast
+        self.vision_tower = VisionTransformer(config.vision, fast)
         self.multi_modal_projector = Connector(config)
-        self.language_model = Decoder(config.language)
+        self.language_model = Decoder(config.language, fast)
         self.lm_head = None
         if not config.language.tie_word_embeddings:
             self.lm_head = nn.Linear(config.language.hidden_size, config.language.vocab_size, bias=False)
         self.set_buffers()
 
     def set_buffers(self, device=None):
-        """Constants, which are not weights: pixel scale and shift [patch_dim], and the ids of
-        visual tokens. They are set again after a model was built without memory
-        (torch.device('meta')), because `to_empty` leaves garbage in them."""
+        """Constants, which are not weights: pixel scale and shift [patch_dim], ids of visual
+        tokens. They are set again after a model was built without memory (torch.device('meta')),
+        because `to_empty` leaves garbage in them."""
         device = device or self.vision_tower.embeddings.patch_embedding.weight.device
-        stats = torch.tensor(PIXEL_STATS[self.config.vision.style])
-        mean, std = stats.repeat(1, self.config.vision.patch_size ** 2)          # [patch_dim] each
+        stats = torch.tensor(PIXEL_STATS[self.config.vision.style])          # [2, 3]
+        # Colours come last in a patch, so three numbers repeated fit all of its pixels
+        stats = stats.repeat(1, self.config.vision.patch_size ** 2)          # [2, patch_dim]
+        mean, std = stats
         self.register_buffer('pixel_scale', (1 / (255 * std)).to(device), persistent=False)
         self.register_buffer('pixel_shift', (-mean / std).to(device), persistent=False)
         visual_ids = torch.tensor(self.config.visual_token_ids)
@@ -780,24 +788,25 @@ class VLM(nn.Module):
 
     def normalize(self, patches):
         """uint8 pixels -> what the tower was trained on. Pixels travel as bytes and are normalised
-        here, on the device, because bytes are a quarter of the size."""
+        here, on the device, because bytes are a quarter of the size of floats."""
         x = patches * self.pixel_scale + self.pixel_shift
         return x.to(self.vision_tower.embeddings.patch_embedding.weight.dtype)
 
     def encode_images(self, batch, cp_group=None):
-        """The visual tokens of a batch [num_visual_tokens, width], in the order of
-        batch.visual_index."""
+        """The visual tokens of a batch [num_visual_tokens, width], in the order of visual_index.
+
+        cp_group: None, or the process group of the ranks that share the batch's rows (context
+        parallelism): each encodes its share of the crops, and all pool from all.
+        """
         crops = []
         if batch.patches is not None:
             crops.append((self.normalize(batch.patches), tuple(batch.grid)))
         if batch.frames is not None:
             crops.append((self.normalize(batch.frames), tuple(batch.frame_grid)))
-        # A frozen tower needs no graph, and without this autograd would keep all of its activations
-        with torch.set_grad_enabled(self.vision_tower.is_trained() and torch.is_grad_enabled()):
-            features = self.vision_tower(crops)                        # [all patches, feature_size]
-            if cp_group is not None:
-                from parallel import AllGather       # each rank encoded its share of the crops, and all pool from all
-                features = AllGather.apply(features, cp_group)
+        features = self.vision_tower(crops)                            # [all patches, feature_size]
+        if cp_group is not None:
+            from parallel import AllGather
+            features = AllGather.apply(features, cp_group)
         return self.multi_modal_projector(features, batch.pool_index)
 
     def embed(self, batch, cp_group=None):
@@ -831,13 +840,13 @@ class VLM(nn.Module):
         pool_index = torch.zeros(1, self.config.pooling ** 2, dtype=torch.long, device=device)
         return Batch(patches=patches, grid=(1, 1), pool_index=pool_index)
 
-    def make_mask(self, batch, fast=True, cp_group=None):
+    def make_mask(self, batch, cp_group=None):
         """The mask of a batch for all layers, in the form that `choose_attention` says."""
         visual = None
         if self.config.recipe == 'molmo2':
             row_tokens = batch.tokens if batch.row_tokens is None else batch.row_tokens
             visual = torch.isin(row_tokens, self.visual_ids)
-        form = choose_attention(self.config.recipe, batch.tokens.device, batch.causal, fast)
+        form = choose_attention(self.config.recipe, batch.tokens.device, batch.causal, self.fast)
         if form == 'causal':
             mask = 'causal'
         elif form == 'dense':
@@ -853,11 +862,11 @@ class VLM(nn.Module):
             mask = Ulysses(mask, cp_group)
         return mask
 
-    def hidden_states(self, batch, output_positions=None, fast=True, cp_group=None):
+    def hidden_states(self, batch, output_positions=None, cp_group=None):
         """After the final norm: [B, L, width] of all tokens, or [N, width] of those at
         `output_positions` [N]."""
         x = self.embed(batch, cp_group)
-        mask = self.make_mask(batch, fast, cp_group)
+        mask = self.make_mask(batch, cp_group)
         return self.language_model(x, batch.position_ids, mask, output_positions=output_positions)
 
     def output_weight(self):
@@ -873,19 +882,18 @@ class VLM(nn.Module):
     def logits(self, hidden):
         return F.linear(hidden, self.output_weight().to(hidden.dtype))
 
-    def forward(self, batch, loss_scale=1., z_loss=0., fast=True, cp_group=None):
-        """The training loss of a batch: (sum over tokens of loss_weights * loss_scale * cross
-        entropy, the cross entropy of each token of batch.loss_index [N]). Logits are computed only
-        where there is a loss.
+    def forward(self, batch, weight_factor=1., z_loss=0., cp_group=None):
+        """The training loss of a batch, as `plain_loss` says it, with each loss weight multiplied
+        by `weight_factor`: (loss, cross entropy of each token of batch.loss_index [N]). Logits are
+        computed only where there is a loss.
 
-        loss_scale: a factor of all weights (train.py, `backward`, says which). fast=False takes the
-        plain forms of attention and loss that stand in this file. cp_group: the process group of
-        the ranks that share these rows.
+        weight_factor: train.py passes 1 / (weight of all tokens of the step), and what its ranks
+        and float16 need besides. cp_group: see `encode_images`.
         """
-        hidden = self.hidden_states(batch, batch.loss_index, fast, cp_group)            # [N, width]
+        hidden = self.hidden_states(batch, batch.loss_index, cp_group)            # [N, width]
         targets = batch.targets.flatten()[batch.loss_index]
-        loss_weights = batch.loss_weights.flatten()[batch.loss_index] * loss_scale
-        if not fast:
+        loss_weights = batch.loss_weights.flatten()[batch.loss_index] * weight_factor
+        if not self.fast:
             return plain_loss(hidden, self.output_weight(), targets, loss_weights, z_loss)
         from extra.kernels import chunked_loss       # the same, a chunk of logits at a time
         return chunked_loss(hidden, self.output_weight(), targets, loss_weights, z_loss)
@@ -894,18 +902,18 @@ class VLM(nn.Module):
 
     @torch.inference_mode()
     def generate(self, batch, max_new_tokens, temperature=0., top_k=0, top_p=1., seed=0):
-        """The plain way to answer: every token is the likeliest (or a likely) one after all that
-        stands before it, which is encoded anew for each. `generate` in extra/engine.py gives the
-        same tokens from a cache, much sooner.
+        """The plain way to answer: every token is a likely one after all that stands before it,
+        which is encoded anew for each token. `generate` in extra/engine.py gives the same tokens
+        from a cache, much sooner.
 
         The rows of the batch have no padding and end where their answers begin. Yields the next
-        tokens [B] until all answers have ended with eos_token_id; -1 for one that has ended before.
+        tokens [B] until all answers have ended with eos_token_id; -1 for one that ended before.
         """
         device = batch.tokens.device
         generator = torch.Generator(device).manual_seed(seed)
         ended = torch.zeros(len(batch.tokens), dtype=torch.bool, device=device)
         for _ in range(max_new_tokens):
-            hidden = self.hidden_states(batch, fast=False)[:, -1]                # [B, width]
+            hidden = self.hidden_states(batch)[:, -1]                # [B, width]
             logits = self.logits(hidden).float()
             token = sample_token(logits, temperature, top_k, top_p, generator)   # [B]
             yield token.masked_fill(ended, -1)
@@ -944,15 +952,17 @@ class VLM(nn.Module):
         """Random weights for training from nothing, drawn on the CPU, so that any device and any
         share of the parameters gets the same numbers:
 
-            biases                                             0
-            norms                                              1
-            decoder and tables of embeddings                   normal, std 0.02, as Qwen3's own configuration says
-            the last matrix of each branch of a vision block   0, so that a block begins as the identity
-            patch embedding                                    normal, std 0.2: patches louder than positions
-            table of positions of the tower                    sines and cosines, which a linear layer can read
-            other matrices of tower and connector              normal, std 1 / sqrt(inputs), which keeps a vector's length
+            biases                                   0
+            norms                                    1
+            decoder and tables of embeddings         normal, std 0.02, as Qwen3's configuration says
+            last matrix of attention and of the MLP  0, so that a vision block begins as the
+            in each vision block                     identity
+            patch embedding                          normal, std 0.2: patches louder than positions
+            table of positions of the tower          sines and cosines, easy for a linear layer
+            other matrices of tower and connector    normal, std 1 / sqrt(inputs): vectors keep
+                                                     their length
 
-        The tower starts so well prepared because it is what learns slowest from few pictures.
+        The tower gets such care because a tower that starts at random learns slowest of all parts.
         """
         generator = torch.Generator().manual_seed(seed)
         grid = self.vision_tower.embeddings.grid
@@ -972,6 +982,18 @@ class VLM(nn.Module):
                 x[-grid * grid:] = sincos_positions(grid, x.shape[1])
             shard, first = local_shard(p)
             shard.copy_(x[first:first + len(shard)])
+
+
+def sincos_positions(grid, width):
+    """[grid x grid, width]: sines and cosines of a patch's row in one half, of its column in the
+    other (He et al. 2022, MAE). The longest wave has 100 x 2 pi patches, and not their 10,000,
+    because a grid has a few tens of patches a side."""
+    frequency = 100 ** -(torch.arange(width // 4) / (width // 4))
+    angle = torch.arange(grid)[:, None] * frequency                          # [grid, width / 4]
+    one_axis = torch.cat([angle.sin(), angle.cos()], 1)                      # [grid, width / 2]
+    rows = one_axis.repeat_interleave(grid, 0)
+    columns = one_axis.repeat(grid, 1)
+    return torch.cat([rows, columns], 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1012,7 +1034,7 @@ def pick_dtype(name, device):
 
 
 def pick_weights_dtype(name, device):
-    """The dtype of weights that answer and are not trained. 'auto': bfloat16 on CUDA, because
+    """The dtype of weights that only answer. 'auto': bfloat16 on CUDA, because
     attention in float32 has no flash kernel there and would hold every score of a long prompt at
     once; float32 elsewhere."""
     if name == 'auto' and device.type != 'cuda':

@@ -1,15 +1,16 @@
-"""Train a VLM: one loop for every stage and every size. Reads top to bottom: settings, then the
-pieces with names of the field, then `main`, whose second part is the loop: batches, loss, backward,
-clip, step, log, validate, save.
+"""Train a VLM: one loop for every stage and every size.
+
+Reads downwards: the settings; the model and its optimizers; one step (`forward_backward`,
+`step_optimizers`); batches; validation; what is logged; and last `main`, which sets up and loops.
 
     python train.py config/demo_stage1.py                     a laptop
-    python train.py config/stage1.py                          one GPU; --dry_run shows the plan and stops
-    torchrun --nproc-per-node=8 train.py config/stage1.py     a copy of the model on each of eight
-    Ctrl-C or SIGTERM saves and exits; the same command continues, bit for bit.
+    python train.py config/stage1.py                          one GPU; --dry_run shows the plan
+    torchrun --nproc-per-node=8 train.py config/stage1.py     eight GPUs, a copy of the model on each
 
-Settings are the assignments below (see configurator.py). What lands in out_dir: step001000/ (a
-checkpoint that is a model: config.json, model.safetensors, tokenizer, and train_state/ to resume),
-latest, metrics.jsonl, skipped.jsonl.
+Ctrl-C or SIGTERM saves and exits; the same command continues, bit for bit.
+
+What lands in out_dir: step001000/ (a checkpoint that is a model: config.json, model.safetensors,
+tokenizer, and train_state/ to resume), latest, metrics.jsonl, skipped.jsonl.
 """
 import itertools
 import json
@@ -26,55 +27,56 @@ from dataclasses import asdict
 from pathlib import Path
 from queue import Queue
 
-# -- what
-out_dir = 'out/stage1'         # or a URL, s3://bucket/run: written to out/s3/bucket/run here, then copied (fsspec)
-init_from = ''                 # checkpoint folder to start from: ours, llava or molmo2; '' builds from the next lines
+# -- what is trained
+out_dir = 'out/stage1'         # or a URL, s3://bucket/run: written to out/s3/bucket/run, then copied (fsspec)
+init_from = ''              # checkpoint folder to start from; '' builds a model from the next lines
 recipe = 'nano'                # nano | molmo2 (model.py, Config)
 vision = 'openai/clip-vit-large-patch14-336'   # a name in model.py's table, or a dict of sizes
 language = 'Qwen/Qwen3-0.6B'   # likewise
 connector = 'linear'           # linear | mlp | molmo2
-pooling = 2                    # patches a side that one visual token pools
+pooling = 2                    # a visual token pools pooling x pooling patches of a picture
 vision_weights = ''            # folder with the tower's safetensors; '' starts it at random
 language_weights = ''          # folder with the decoder's safetensors; '' starts it at random
 tokenizer = ''            # folder with tokenizer.json; '' takes init_from's, then language_weights'
-train_vision = False           # frozen parts cost no gradients and no optimiser state
+train_vision = False           # parts that are not trained cost no gradients and no optimizer state
 train_connector = True
 train_language = True
-train_embedding = True         # False keeps the table of token embeddings, and with it a tied output, as it was
-residual_dropout = 0.0         # of what each decoder block adds
+train_embedding = True      # False freezes the table of token embeddings, and with it a tied output
+residual_dropout = 0.0         # share of what each decoder block adds that is dropped
 # -- data
 data_dir = 'data'
-mixture = {}    # folder under data_dir -> rate, or groups with sqrt inside (data.py, mixture_rates)
-image_size = 336               # pixels a side after resizing
-video_size = 224               # likewise of a frame
-video_pooling = 4              # patches a side that one visual token of a frame pools
-max_frames = 128               # of a clip, spread evenly when fps a second were more
+mixture = {}                 # {folder under data_dir: rate, ..}, or groups (data.py, mixture_rates)
+image_size = 336               # pixels per side, after resizing
+video_size = 224               # pixels per side of a frame
+video_pooling = 4              # a visual token of a frame pools so many patches per side
+max_frames = 128               # most frames per clip; if fps gives more, this many, evenly spaced
 fps = 2.0
-seq_len = 4096                 # tokens a row at most
-batch_size = 32                # rows a micro-batch of each process
-accumulation = 1               # micro-batches a step (gradient accumulation)
+seq_len = 4096                 # most tokens per row
+batch_size = 32                # rows per micro-batch and process
+accumulation = 1               # micro-batches per step (gradient accumulation)
 num_workers = 2                # processes that decode and tokenise; 0 does it between the steps
-packing = False      # fill rows of exactly seq_len with several examples; else a row is one example
-static_shapes = False          # pad every row to seq_len, as torch.compile likes it
+packing = False               # fill rows of exactly seq_len with several examples; else one per row
+static_shapes = False          # pad every row to seq_len, which spares torch.compile new shapes
 point_format = 'point'         # point | molmo2 (data.py, format_points)
 point_digits = 3               # decimals of a coordinate in the point format
+# What each token of an answer weighs in the loss (data.py, Processor.answer_weight)
 task_weights = {'captioning': 1.0, 'qa': 1.0, 'counting': 1.5, 'pointing': 2.0, 'tracking': 2.0}
-length_weighting = False       # weight / sqrt(tokens of the answer)
-branch_weighting = False       # weight / sqrt(conversations of the row)
-z_loss = 0.0       # times log(sum of exp(logits))^2 is added: keeps logits near 0 (PaLM, section 5)
-max_bad_fraction = 0.1         # stop when more rows than this cannot be used
-# -- optimiser
-optimizer = 'adamw'         # adamw | muon (Muon for the matrices inside blocks, AdamW for the rest)
-learning_rate = 1e-4
+length_weighting = False       # divide by sqrt(tokens of the answer)
+branch_weighting = False       # divide by sqrt(conversations of the record)
+z_loss = 0.0                # weight of log(sum of exp(logits))^2 in the loss (model.py, plain_loss)
+max_bad_fraction = 0.1         # stop when a larger share of the records cannot be used
+# -- optimizer
+optimizer = 'adamw'            # adamw | muon (Muon for all matrices but tables, AdamW for the rest)
+learning_rate = 1e-4           # of the language part
 vision_learning_rate = 0.0     # 0: learning_rate
 connector_learning_rate = 0.0  # 0: learning_rate
-muon_learning_rate = 0.0       # 0: learning_rate
+muon_learning_rate = 0.0       # of all that Muon trains; 0: learning_rate
 beta1 = 0.9
 beta2 = 0.95
 epsilon = 1e-8
 weight_decay = 0.0
 grad_clip = 1.0                # largest norm of the gradient; 0 does not clip
-clip_parts = False             # vision, connector and language each by its own norm
+clip_parts = False             # clip vision, connector and language each by its own norm
 schedule = 'cosine'            # cosine | linear | constant | inverse_sqrt, after the warm-up
 warmup_steps = 2000
 vision_warmup_steps = 0        # 0: warmup_steps
@@ -84,29 +86,31 @@ min_lr_ratio = 0.1             # where cosine and linear end, as a share of the 
 max_nonfinite = 10             # stop after so many steps in a row whose gradient was not finite
 # -- machine
 device = 'auto'                # auto | cuda | mps | cpu
-dtype = 'auto'                 # auto | bfloat16 | float16 | float32: of matrix products (mixed precision); float16 scales
-#                                its loss
-master_dtype = 'float32'       # of weights, gradients and moments; bfloat16 halves them and loses small updates
-parallel = 'ddp'               # ddp | fsdp | hsdp: who holds the weights, where torchrun starts several (parallel.py)
-cp = 1      # context (sequence) parallelism: ranks that share each row, for long rows (parallel.py)
-reshard = True                 # fsdp, hsdp: gathered weights go after a block's forward pass (FULL_SHARD); False: they stay
-#                                until its backward pass (SHARD_GRAD_OP)
-offload = False                # fsdp, hsdp: weights, gradients and moments wait in the CPU's memory
-threads = 0         # CPU threads of torch; 0: the cores, shared among the processes of this machine
-compile = False                # blocks by torch's compiler
-plain = False                  # attention and loss by the plain forms of model.py, to read or to change them; slower
-recompute = 0                  # activation (gradient) checkpointing: every n-th block is computed again in the backward pass
-memory_budget = 1.0            # with compile: share of a block's activations that is kept; the rest is computed again
+dtype = 'auto'                # auto | bfloat16 | float16 | float32: dtype of matrix products (mixed
+#                                precision); with float16 the loss is scaled
+master_dtype = 'float32'     # of weights, gradients and moments; bfloat16 takes half the memory and
+#                                loses small updates
+parallel = 'ddp'          # ddp | fsdp | hsdp: how several processes share the weights (parallel.py)
+cp = 1                         # context (sequence) parallelism: so many ranks share each row
+reshard = True                 # fsdp, hsdp: free gathered weights after a block's forward pass
+#                                (FULL_SHARD); False keeps them for its backward pass (SHARD_GRAD_OP)
+offload = False                # fsdp, hsdp: keep weights, gradients and moments in the CPU's memory
+threads = 0              # CPU threads of torch; 0: the cores, shared among this machine's processes
+compile = False                # compile blocks by torch.compile
+fast = True                   # faster forms in extra/kernels.py; False: the plain forms in model.py
+recompute = 0                # activation (gradient) checkpointing: the backward pass computes every
+#                                n-th block again, so its activations need not be kept; 0: none
+memory_budget = 1.0            # with compile: the share of a block's activations that is kept
 seed = 1337
 # -- keeping track
-log_interval = 10   # steps between reads of the device; every step is in metrics.jsonl all the same
-eval_interval = 1000           # steps between validation losses; 0 never
-eval_batches = 20
-eval_answers = 0               # then, too, records of each validation set whose questions are answered and scored (eval.py)
+log_interval = 10              # steps between reads of the device; metrics.jsonl has every step
+eval_interval = 1000           # steps between validations; 0 never
+eval_batches = 20              # per validation
+eval_answers = 0               # records per validation set to answer and score at each validation
 save_interval = 5000
 keep = 3                       # checkpoints kept; 0 keeps all
-hang_after = 300  # seconds without progress after which several processes say where each of them is
-profile_steps = ()             # (first, last): a trace of these steps in out_dir/trace-rank0.json, for ui.perfetto.dev
+hang_after = 300               # seconds without progress after which each process says where it is
+profile_steps = ()             # (first, last): trace these steps to out_dir/trace-rank0.json
 tensorboard = False            # if installed
 wandb_project = ''             # if installed
 dry_run = False                # print the plan and stop
@@ -114,7 +118,8 @@ dry_run = False                # print the plan and stop
 
 if __name__ == '__main__':
     from configurator import configure
-    settings = configure(globals())    # before torch loads, so that a typo is answered at once
+    # Before torch loads, so that a typo is answered at once. Imported, this file has the defaults.
+    settings = configure(globals())
 
 remote = out_dir if '://' in out_dir else ''
 if remote:
@@ -143,7 +148,7 @@ def new_config(**ids):
     return make_config(vision, language, recipe=recipe, connector=connector, pooling=pooling, **ids)
 
 
-def open_source(source):
+def source_from_checkpoint(source):
     """(Config, Processor) of a checkpoint folder to start from."""
     config = from_hf(read_json(source / 'config.json'), source / 'config.json')
     processor = load_processor(source, config, **processor_settings(settings))
@@ -156,7 +161,7 @@ def open_source(source):
     return config, processor
 
 
-def new_source():
+def source_from_settings():
     """(Config, Processor) of a model that is built from the settings."""
     folder = tokenizer or language_weights
     if not folder:
@@ -166,49 +171,55 @@ def new_source():
     return new_config(**processor.token_ids()), processor
 
 
-def build(checkpoint, dev, amp):
-    """The model with its first weights, sharded as `parallel` says, and the processor: from a
-    checkpoint of this run, from init_from, or new. Each rank reads or draws only the weights that
-    it holds."""
-    source = checkpoint
-    if not source and init_from:
-        source = newest(init_from)
-    config, processor = open_source(source) if source else new_source()
+def check_settings(config, processor):
+    """One line for settings that do not go together."""
     table_rows = config.language.vocab_size + config.language.extra_vocab_size
     if processor.vocab_size > table_rows:
-        raise UserError(f"the tokenizer has {processor.vocab_size} tokens, the decoder's table only {table_rows} rows")
+        raise UserError(f"the tokenizer has {processor.vocab_size} tokens, the decoder's table only "
+                        f"{table_rows} rows")
     if parallel not in ('ddp', 'fsdp', 'hsdp'):
         raise UserError(f"parallel = '{parallel}' is not one of ddp, fsdp, hsdp")
     if eval_answers and world_size > 1 and (parallel != 'ddp' or cp > 1):
-        raise UserError("eval_answers needs all the weights and whole rows on each process: parallel = 'ddp' and cp = 1. "
-                        "Else set it to 0 and give the checkpoints to eval.py")
-    # Built without memory first (meta device), because a sharded model would not fit before it is
-    # sharded
+        raise UserError("eval_answers needs all the weights and whole rows on each process: "
+                        "parallel = 'ddp' and cp = 1. Else set it to 0 and give the checkpoints to eval.py")
+
+
+def build(checkpoint, dev, compute_dtype):
+    """The model with its first weights, sharded as `parallel` says, and the processor: from a
+    checkpoint of this run, from init_from, or new. Each rank reads or draws only the weights that
+    it holds. compute_dtype: of matrix products."""
+    source = checkpoint
+    if not source and init_from:
+        source = newest(init_from)
+    config, processor = source_from_checkpoint(source) if source else source_from_settings()
+    check_settings(config, processor)
+    # Built without memory first (meta device), because before it is sharded a model may not fit
     with torch.device('meta'):
-        model = set_trained(VLM(config)).to(pick_dtype(master_dtype, dev))
+        model = VLM(config, fast).to(pick_dtype(master_dtype, dev))
+    apply_training_settings(model)
     if parallel != 'ddp' and world_size > 1:
-        narrow = None if amp == torch.float32 else amp
-        shard(model, parallel == 'hsdp', narrow, reshard, offload)
+        block_dtype = None if compute_dtype == torch.float32 else compute_dtype
+        shard(model, parallel == 'hsdp', block_dtype, reshard, offload)
     model.to_empty(device='cpu' if offload else dev)
     if offload and not train_vision:
-        model.vision_tower.to_empty(device=dev)          # a frozen tower is not sharded, and so not offloaded
+        model.vision_tower.to_empty(device=dev)      # a frozen tower is not sharded nor offloaded
     model.set_buffers(dev)
     if source:
         load_weights(model, source)
-    else:
-        model.init_weights(seed)
-        if vision_weights:
-            load_weights(model, vision_weights, only='vision_tower.')
-        if language_weights:
-            load_weights(model, language_weights, only=('language_model.', 'lm_head.'))
+        return model, processor
+    model.init_weights(seed)
+    if vision_weights:
+        load_weights(model, vision_weights, only='vision_tower.')
+    if language_weights:
+        load_weights(model, language_weights, only=('language_model.', 'lm_head.'))
     return model, processor
 
 
-def set_trained(model):
-    """Says which parts are trained, and how."""
+def apply_training_settings(model):
+    """Which parts are trained, activation checkpointing, dropout."""
     model.set_trained(settings)
-    model.vision_tower.checkpoint_every = recompute
-    model.language_model.checkpoint_every = recompute
+    model.vision_tower.recompute_every = recompute
+    model.language_model.recompute_every = recompute
     model.language_model.dropout = residual_dropout
     return model
 
@@ -230,12 +241,14 @@ def get_lr_scale(step, warmup):
 
 
 def make_optimizers(model):
-    """An AdamW for each part that is trained and, if asked for, a Muon for the matrices inside its
-    blocks."""
+    """An AdamW for each part that is trained and, with optimizer = 'muon', a Muon for its matrices.
+
+    Muon is for matrices that map one vector to another. Tables, of which rows are looked up, stay
+    with AdamW, and so do norms and biases. step_optimizers sets the learning rates before each
+    step.
+    """
     rates = {'vision': vision_learning_rate, 'connector': connector_learning_rate, 'language': learning_rate}
     warmups = {'vision': vision_warmup_steps, 'connector': connector_warmup_steps, 'language': warmup_steps}
-    # Muon is for matrices that map one vector to another. Tables, of which rows are looked up, stay
-    # with AdamW.
     tables = ('embed_tokens', 'position_embedding', 'lm_head')
     matrices = set()
     for name, p in model.named_parameters():
@@ -261,8 +274,8 @@ def make_optimizers(model):
 
 
 def distribute(model):
-    """What to call instead of the model, so that gradients are added up over the ranks while the
-    backward pass goes on."""
+    """What to call for the forward pass instead of the model. DDP adds gradients up over the ranks
+    while the backward pass goes on; a sharded model does so by itself."""
     if world_size > 1 and parallel == 'ddp':
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
     return model
@@ -271,39 +284,43 @@ def distribute(model):
 # --------------------------------------------------------------------------------------------------
 # One step
 
-def backward(model, trained, micro_batches, autocast, loss_scale=1., cp_group=None):
-    """Gradient accumulation: the gradients of a step over the micro-batches of all ranks, times
-    `loss_scale`. Returns the step's loss and its `task_sums`, the same on all ranks.
+def forward_backward(model, wrapped, micro_batches, autocast, loss_scale=1., cp_group=None):
+    """Forward and backward pass over a step's micro-batches (gradient accumulation). Leaves the
+    gradients of the step's loss, times `loss_scale`, in the parameters, and returns the loss and
+    its `task_sums`, the same on all ranks.
 
-    The loss is one weighted mean over all tokens: sum(weight * nll) / sum(weight). The mean of the
-    ranks' means is not that: (x1/n1 + x2/n2)/2 != (x1+x2)/(n1+n2). So each rank divides by the
-    weight of all ranks, and 1 rank or 8 take the same step. `trained` is what `distribute`
-    returned.
+    The loss is one weighted mean over all tokens of all ranks: sum(weight * nll) / sum(weight). The
+    mean of the ranks' means is not that: (x1/n1 + x2/n2)/2 != (x1+x2)/(n1+n2). So each rank divides
+    by the weight of all ranks, and 1 rank or 8 take the same step with the same rows.
+
+    wrapped: what `distribute` returned. loss_scale: for float16, see update_loss_scale.
     """
+    is_ddp = wrapped is not model
+    is_sharded = world_size > 1 and parallel != 'ddp'
     my_weight = sum(micro.total_weight for micro in micro_batches)
     total_weight = sum_numbers(weight=my_weight)['weight']
-    # DDP and FSDP divide the sum of the ranks' gradients by their number, which world_size takes
+    # DDP and FSDP divide the sum of the ranks' gradients by their number; world_size takes that
     # back
-    scale = loss_scale * (world_size / total_weight)
+    weight_factor = loss_scale * (world_size / total_weight)
     loss, sums = 0., 0.
     for i, micro in enumerate(micro_batches):
-        # Gradients are exchanged once, with those of the last micro-batch
+        # Ranks exchange gradients once, with those of the last micro-batch
         is_last = i == len(micro_batches) - 1
-        if parallel != 'ddp' and world_size > 1:
+        if is_sharded:
             model.set_requires_gradient_sync(is_last)
-        accumulates = trained is not model and not is_last
-        with trained.no_sync() if accumulates else nullcontext():
+        with wrapped.no_sync() if is_ddp and not is_last else nullcontext():
             with autocast:
-                weighted, nll = trained(micro, loss_scale=scale, z_loss=z_loss, fast=not plain, cp_group=cp_group)
+                weighted, nll = wrapped(micro, weight_factor, z_loss, cp_group)
             weighted.backward()
+        # Without the two factors it is this rank's part of the mean
         loss = loss + weighted.detach() / (loss_scale * world_size)
         sums = sums + task_sums(nll, micro.loss_tasks)
     return sum_over_ranks(loss), sum_over_ranks(sums)
 
 
 def gradient_norms(optimizers, loss_scale):
-    """({part: norm of its gradients}, or {'all': the norm of all} without clip_parts; the norm of
-    all)."""
+    """Returns (norms, total). norms: {part: norm of its gradients} with clip_parts, else {'all':
+    total}; total: the norm of all gradients."""
     gradients = {}
     for opt in optimizers:
         group = opt.param_groups[0]
@@ -319,18 +336,20 @@ def gradient_norms(optimizers, loss_scale):
 
 
 def step_optimizers(optimizers, step, loss_scale=1.):
-    """Clips, steps and clears. Gradients are those of the loss times `loss_scale`. Returns
-    (gradient norm, 1. if it was not finite: then nothing was changed).
+    """Clips gradients, steps the optimizers, clears gradients. Gradients are those of the loss
+    times `loss_scale`; `step` counts from 0. Returns (gradient norm, 1. if it was not finite: then
+    nothing was changed).
 
-    Nothing here waits for the device. Fused AdamW divides gradients by its `grad_scale` and leaves
-    weights, moments and step count alone where `found_inf` is set, which is how torch's GradScaler
-    talks to it; clipping is part of that division.
+    With AdamW nothing here waits for the device. Fused AdamW divides gradients by its `grad_scale`
+    and leaves weights, moments and step count alone where `found_inf` is set, which is how torch's
+    GradScaler talks to it; clipping is part of that division.
     """
     norms, total = gradient_norms(optimizers, loss_scale)
     found_inf = (~torch.isfinite(total)).float()
     for opt in optimizers:
         group = opt.param_groups[0]
         group['lr'] = group['max_lr'] * get_lr_scale(step, group['warmup'])
+        # A part that got no gradient at all has no norm of its own
         norm = norms.get(group['part'] if clip_parts else 'all', total)
         divisor = torch.ones_like(norm)
         if grad_clip:
@@ -350,13 +369,18 @@ def step_optimizers(optimizers, step, loss_scale=1.):
 
 
 def update_loss_scale(state, found_inf):
-    """Loss scaling for float16, which has no numbers below 6e-8: gradients travel larger by a
-    factor. state: (the factor, good steps with it). The factor is halved when a gradient overflows
-    and doubled after 2,000 steps in which none did (Micikevicius et al. 2018, section 3.2)."""
-    scale, good_steps = state
-    good_steps = (good_steps + 1) * (1 - found_inf)
-    grows = (good_steps >= 2000).float()
-    return torch.stack([scale * (1 + grows) * (1 - found_inf / 2), good_steps * (1 - grows)])
+    """Loss scaling for float16, which has no numbers below 6e-8: the loss, and so all gradients,
+    are computed larger by a factor. state: tensor [factor, good steps with it]. The factor is
+    halved when a gradient overflows and doubled after 2,000 steps in which none did (Micikevicius
+    et al. 2018, section 3.2). Written without `if`, because that would wait for the device."""
+    factor, good_steps = state
+    overflowed = found_inf > 0
+    good_steps = torch.where(overflowed, 0., good_steps + 1)
+    is_due = good_steps >= 2000
+    factor = torch.where(overflowed, factor / 2, factor)
+    factor = torch.where(is_due, factor * 2, factor)
+    good_steps = torch.where(is_due, 0., good_steps)
+    return torch.stack([factor, good_steps])
 
 
 def task_sums(nll, tasks):
@@ -406,9 +430,13 @@ class Batches:
         for _ in range(accumulation):
             batch, self.state = next(self.batches)
             micro_batches.append(batch)
-        rows = [row for micro in micro_batches for row in micro.rows]
-        self.watchdog.at(f'in step {step}', rows)
+        self.watchdog.at(f'in step {step}', sources_of(micro_batches))
         return micro_batches, time.perf_counter() - start
+
+
+def sources_of(micro_batches):
+    """(data set, number of the record) of all examples of a step on this rank."""
+    return [source for micro in micro_batches for source in micro.sources]
 
 
 def prefetch(batches, dev):
@@ -438,57 +466,58 @@ def prefetch(batches, dev):
         yield item
 
 
-def training_loader(mixture, processor, state):
-    """The Loader of this rank, which goes on from `state`. Rows that cannot be used are named in
-    out_dir/skipped.jsonl."""
-    skipped = open(Path(out_dir) / 'skipped.jsonl', 'a')
+def training_loader(train_mixture, processor, state):
+    """The Loader of this rank, which goes on from `state`. Records that cannot be used are named in
+    out_dir/skipped.jsonl, and the first five on the screen."""
+    skipped_file = open(Path(out_dir) / 'skipped.jsonl', 'a')
+    reported = 0
 
     def report(problem):
-        number = sum(loader.state['skipped'].values())
-        if not skipped.tell() or number <= 5:
+        nonlocal reported
+        reported += 1
+        if reported <= 5:
             tqdm.write(f'skipped {problem.row}: {problem.problem}')
-        skipped.write(json.dumps(asdict(problem)) + '\n')
-        skipped.flush()
+        skipped_file.write(json.dumps(asdict(problem)) + '\n')
+        skipped_file.flush()
     is_reader = rank % cp == 0               # of the ranks that share rows the first reads them
-    loader = make_loader(mixture, processor, num_workers, state, report if is_reader else None)
-    return loader
+    return make_loader(train_mixture, processor, num_workers, state, report if is_reader else None)
 
 
-def validation_loader(mixture, processor):
-    """A Loader of the validation sets, at the same rates, from their start; None where no data set
-    has one."""
+def validation_mixture(train_mixture):
+    """The validation splits of the data sets that have one, at the same rates; None if none has."""
     datasets, rates = [], []
-    for dataset, rate in zip(mixture.datasets, mixture.rates):
+    for dataset, rate in zip(train_mixture.datasets, train_mixture.rates):
         if (dataset.folder / 'validation.jsonl').is_file():
             datasets.append(Dataset(dataset.folder, 'validation'))
             rates.append(rate)
     if not datasets:
         return None
-    return make_loader(Mixture(datasets, rates, seed), processor)
+    return Mixture(datasets, rates, seed)
 
 
-def make_loader(mixture, processor, workers=0, state=None, report=None):
-    length = seq_len if static_shapes or packing else 0
-    return Loader(mixture, processor, batch_size, workers, state, length, max_bad_fraction, report, packing,
-                  rank // cp, world_size // cp)
+def make_loader(data_mixture, processor, workers=0, state=None, report=None):
+    is_static = static_shapes or packing
+    return Loader(data_mixture, processor, batch_size, num_workers=workers, state=state,
+                  length=seq_len if is_static else 0, max_bad_fraction=max_bad_fraction, report=report,
+                  packed=packing, rank=rank // cp, world_size=world_size // cp)
 
 
 # --------------------------------------------------------------------------------------------------
 # Validation
 
 @torch.no_grad()
-def evaluate(model, mixture, processor, dev, autocast, cp_group):
-    """Weighted loss and losses by task over the first eval_batches of each rank's share of the
+def validation_loss(model, held_out, processor, dev, autocast, cp_group):
+    """Weighted loss, and losses by task, over the first eval_batches of each rank's share of the
     validation sets."""
     model.eval()
     total, weight = 0., 0.
     sums = torch.zeros(2, len(TASKS))
-    for batch, _ in itertools.islice(validation_loader(mixture, processor), eval_batches):
+    for batch, _ in itertools.islice(make_loader(held_out, processor), eval_batches):
         if cp > 1:
             batch = split_batch(batch, rank % cp, cp)
         batch = batch.to(dev)
         with autocast:
-            loss, nll = model(batch, fast=not plain, cp_group=cp_group)
+            loss, nll = model(batch, cp_group=cp_group)
         total += loss.item()
         weight += batch.total_weight
         sums += task_sums(nll, batch.loss_tasks).cpu()
@@ -498,32 +527,31 @@ def evaluate(model, mixture, processor, dev, autocast, cp_group):
     return {'loss': mean, **task_losses(sum_over_ranks(sums))}
 
 
-def score_generations(model, mixture, processor, autocast):
+def score_answers(model, held_out, processor, autocast):
     """[{dataset, task, metric, score, ..}] of the model's answers about the first eval_answers
-    records of each validation set."""
-    from eval import evaluate as answer_and_score, summarise     # as eval.py does for a checkpoint
+    records of each validation set, as eval.py scores a checkpoint."""
+    from eval import evaluate, summarise
     from extra.engine import unfuse_linears
     from extra.kernels import uncompiled
-    datasets = validation_loader(mixture, processor).examples.mixture.datasets
     model.eval()
     with autocast, uncompiled(model):        # each prompt has a length of its own
-        rows, _, _ = answer_and_score(model, processor, datasets, eval_answers)
-    unfuse_linears(model)
+        rows, _, _ = evaluate(model, processor, held_out.datasets, eval_answers)
+    unfuse_linears(model)                    # generation joins matrices that training knows apart
     model.train()
     return summarise(rows)
 
 
-def validate(step, model, mixture, processor, dev, autocast, cp_group, watchdog):
+def validate(step, model, held_out, processor, dev, autocast, cp_group, watchdog):
     """Losses, and scores of answers if asked for, of the validation sets: printed, and returned for
     the log."""
     watchdog.at('at the validation sets')
-    result = evaluate(model, mixture, processor, dev, autocast, cp_group)
+    result = validation_loss(model, held_out, processor, dev, autocast, cp_group)
     figures = ', '.join(f'{name} {value:.3f}' for name, value in result.items())
     tqdm.write(f'step {step}: validation {figures}')
     if eval_answers:
         from eval import table
         watchdog.at('answering the validation sets')
-        scores = score_generations(model, mixture, processor, autocast)
+        scores = score_answers(model, held_out, processor, autocast)
         tqdm.write(table(scores))
         for s in scores:
             result[f"{s['dataset']}/{s['task']}/{s['metric']}"] = s['score']
@@ -588,11 +616,11 @@ class Log:
 
 
 class Monitor:
-    """Everything around a step that is not the step: the log, the progress bar, counts over all
-    ranks, gradients that are not finite, the profiler, and signals that ask to stop."""
+    """What surrounds the steps: the log, the progress bar, counts over all ranks, gradients that
+    are not finite, the profiler, and signals that ask to stop. Steps count from 1 here."""
 
     def __init__(self, step, model, dev):
-        from extra.plan import flops, peak_flops     # operations of a step by counting, and the device's peak
+        from extra.plan import flops, peak_flops     # operations of a step by counting; the device's peak
         self.flops = flops
         self.peak = peak_flops(dev)
         self.model = model
@@ -604,63 +632,76 @@ class Monitor:
         self.profiler = torch.profiler.profile() if profile_steps else None
         self.signals = []
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, lambda *_: self.signals.append(True))          # the loop answers after the step
+            signal.signal(number, lambda *_: self.signals.append(True))    # answered after the step
         self.is_stopping = False
-        self.started = self.clock = time.perf_counter()
+        self.started = time.perf_counter()
+        self.clock = self.started            # when the last step ended
 
-    def before(self, step):
+    def before_step(self, step):
         if self.profiler and step == profile_steps[0]:
             self.profiler.start()
 
-    def after(self, step, micro_batches, waited, loss, sums, grad_norm, found_inf, skipped):
-        """Records a step that is done."""
+    def after_step(self, step, micro_batches, waited, loss, sums, grad_norm, found_inf, skip_counts):
+        """Records a step. skip_counts: {'data set: reason': records that could not be used}."""
         if self.profiler and step == profile_steps[1]:
             self.profiler.stop()
             self.profiler.export_chrome_trace(str(Path(out_dir) / f'trace-rank{rank}.json'))
         self.nonfinite_in_a_row = (self.nonfinite_in_a_row + 1) * found_inf
         self.nonfinite_in_all = self.nonfinite_in_all + found_inf
-        # One message for all that ranks count, and whether one of them was asked to stop
-        totals = sum_numbers(
-            tokens=sum(micro.num_tokens for micro in micro_batches),
-            loss_tokens=sum(len(micro.loss_index) for micro in micro_batches),
-            visual_tokens=sum(0 if micro.visual_index is None else len(micro.visual_index) for micro in micro_batches),
-            flops=sum(self.flops(self.model, micro) for micro in micro_batches),
-            skipped=sum(skipped.values()) / cp,
-            stop=len(self.signals))
+        totals = self.count(micro_batches, skip_counts)
         self.is_stopping = totals['stop'] > 0
         now = time.perf_counter()
         seconds = now - self.clock
         self.clock = now
-        record = {'step': step, 'loss': loss, 'sums': sums, 'lr': learning_rate * get_lr_scale(step - 1, warmup_steps),
-                  'grad_norm': grad_norm, 'nonfinite': self.nonfinite_in_all, 'seconds': seconds, 'data_wait': waited,
-                  'minutes': (now - self.started) / 60, 'tokens': int(totals['tokens']),
-                  'loss_tokens': int(totals['loss_tokens']), 'visual_tokens': int(totals['visual_tokens']),
-                  'tokens_per_second': totals['tokens'] / seconds, 'skipped': int(totals['skipped']),
-                  'tflops': totals['flops'] / seconds / 1e12}
+        record = {
+            'step': step, 'loss': loss, 'sums': sums, 'grad_norm': grad_norm,
+            'lr': learning_rate * get_lr_scale(step - 1, warmup_steps),
+            'nonfinite': self.nonfinite_in_all, 'seconds': seconds, 'data_wait': waited,
+            'minutes': (now - self.started) / 60, 'tokens': int(totals['tokens']),
+            'loss_tokens': int(totals['loss_tokens']), 'visual_tokens': int(totals['visual_tokens']),
+            'tokens_per_second': totals['tokens'] / seconds, 'skipped': int(totals['skipped']),
+            'tflops': totals['flops'] / seconds / 1e12}
         if self.peak:
             record['mfu'] = totals['flops'] / seconds / self.peak / world_size
         if self.dev.type == 'cuda':
             record['memory_gb'] = torch.cuda.max_memory_allocated() / 1e9
         self.log.add(record)
         self.bar.update()
-        if step % log_interval == 0 or is_save_due(step) or self.is_stopping:
-            self.report(self.log.flush(), micro_batches)
 
-    def report(self, last, micro_batches):
-        """Shows the last record; stops the run when gradients are no longer finite."""
+    def count(self, micro_batches, skip_counts):
+        """Sums over all ranks, in one message: what a step processed, and whether a rank was asked
+        to stop, because all must stop after the same step."""
+        visual = [micro.visual_index for micro in micro_batches if micro.visual_index is not None]
+        return sum_numbers(
+            tokens=sum(micro.num_tokens for micro in micro_batches),
+            loss_tokens=sum(len(micro.loss_index) for micro in micro_batches),
+            visual_tokens=sum(len(index) for index in visual),
+            flops=sum(self.flops(self.model, micro) for micro in micro_batches),
+            skipped=sum(skip_counts.values()) / cp,
+            stop=len(self.signals))
+
+    def report(self):
+        """Writes pending records and shows the last one."""
+        last = self.log.flush()
         waited = 100 * last['data_wait'] / last['seconds']
-        self.bar.set_postfix_str(f"loss {last['loss']:.3f} | {last['tokens_per_second']:,.0f} tok/s | data {waited:.0f}%")
+        speed = f"{last['tokens_per_second']:,.0f}"
+        self.bar.set_postfix_str(f"loss {last['loss']:.3f} | {speed} tok/s | data {waited:.0f}%")
         if self.bar.disable and last['step'] % (10 * log_interval) == 0:
-            print(f"step {last['step']}: loss {last['loss']:.3f}, {last['tokens_per_second']:,.0f} tokens/s, waited "
+            print(f"step {last['step']}: loss {last['loss']:.3f}, {speed} tokens/s, waited "
                   f"{last['data_wait']:.3f} s of {last['seconds']:.3f} for data", flush=True)
+
+    def stop_if_nonfinite(self, micro_batches):
+        """Ends the run when gradients are no longer finite. Asked only where a step is reported,
+        because reading the count makes this process wait for the device."""
         if self.nonfinite_in_a_row < max_nonfinite:
             return
-        rows = gather_objects([row for micro in micro_batches for row in micro.rows])
+        sources = gather_objects(sources_of(micro_batches))
         if rank == 0:
-            (Path(out_dir) / 'nonfinite_rows.json').write_text(json.dumps(sum(rows, [])))
-        raise UserError(f"{int(self.nonfinite_in_a_row)} steps in a row had a gradient that was not finite; the weights "
-                        f"are those of before. Lower learning_rate or use dtype = 'float32'; the last step's "
-                        f"rows are in {out_dir}/nonfinite_rows.json")
+            path = Path(out_dir) / 'nonfinite_rows.json'
+            path.write_text(json.dumps(sum(sources, [])))
+        raise UserError(f"{int(self.nonfinite_in_a_row)} steps in a row had a gradient that was not finite; the "
+                        f"weights are those of before. Lower learning_rate or use dtype = 'float32'; the last "
+                        f"step's rows are in {out_dir}/nonfinite_rows.json")
 
     def add(self, record):
         """Logs something that is no step, and leaves the time it took out of the next step's."""
@@ -673,17 +714,20 @@ class Monitor:
 
     def close(self, step):
         self.bar.close()
+        if not step:
+            print('nothing to do')
+            return
         minutes = (time.perf_counter() - self.started) / 60
         how = 'stopped' if self.is_stopping else 'done'
-        print(f'{how} at step {step} after {minutes:.1f} minutes; {out_dir}/step{step:06d}' if step else 'nothing to do')
+        print(f'{how} at step {step} after {minutes:.1f} minutes; {out_dir}/step{step:06d}')
 
 
 def report_skipped(loader_state):
-    """Says how many rows of each data set could not be used, and why."""
+    """Says how many records of each data set could not be used, and why."""
     mine = loader_state['skipped'] if loader_state else {}
     total = Counter()
-    for skipped in gather_objects(mine)[::cp]:
-        total.update(skipped)
+    for skip_counts in gather_objects(mine)[::cp]:
+        total.update(skip_counts)
     if total:
         reasons = ', '.join(f'{reason} {number}' for reason, number in total.items())
         print(f'rows skipped: {reasons}; see {out_dir}/skipped.jsonl')
@@ -691,6 +735,10 @@ def report_skipped(loader_state):
 
 # --------------------------------------------------------------------------------------------------
 # The run
+
+def is_report_due(step):
+    return step % log_interval == 0 or is_save_due(step)
+
 
 def is_save_due(step):
     return step % save_interval == 0 or step == max_steps
@@ -700,18 +748,20 @@ def is_eval_due(step):
     return bool(eval_interval) and (step % eval_interval == 0 or step == max_steps)
 
 
-def print_dry_run(dev, amp, checkpoint):
+def print_dry_run(dev, compute_dtype, checkpoint):
     """The settings, the plan, and what is missing for it; neither weights nor data are needed."""
     from extra.plan import planned_model, print_missing, print_plan
     for name, value in settings.items():
         print(f'{name} = {value!r}')
     print()
-    print_plan(planned_model(settings, checkpoint), settings, dev, amp, checkpoint, world_size, local_world_size)
+    model = planned_model(settings, checkpoint)
+    print_plan(model, settings, dev, compute_dtype, checkpoint, world_size, local_world_size)
     print_missing(settings)
 
 
 def main():
-    from extra.checkpoint import AsyncCheckpointer, find_checkpoint, load_state, random_state, remove_unfinished
+    from extra.checkpoint import (AsyncCheckpointer, find_checkpoint, load_state, random_state,
+                                  remove_unfinished)
     from extra.kernels import compile_blocks, keep_freed_memory
     from extra.plan import print_plan
 
@@ -719,25 +769,30 @@ def main():
     dev = start(pick_device(device), threads)
     if dev.type == 'cpu':
         keep_freed_memory()
-    torch.manual_seed(seed + rank)       # of dropout; weights and data have generators of their own
-    amp = pick_dtype(dtype, dev)         # mixed precision: products in amp, weights in master_dtype
-    autocast = torch.autocast(dev.type, amp) if amp != torch.float32 else nullcontext()
+    torch.manual_seed(seed + rank)          # of dropout; weights and data have their own generators
+    compute_dtype = pick_dtype(dtype, dev)
+    autocast = nullcontext()
+    if compute_dtype != torch.float32:
+        autocast = torch.autocast(dev.type, compute_dtype)
     checkpoint = from_rank_0(lambda: find_checkpoint(out_dir, remote))
     if dry_run:
-        return print_dry_run(dev, amp, checkpoint)
-    mixture_of_sets = open_mixture(mixture, data_dir, seed)
-    model, processor = build(checkpoint, dev, amp)
-    print_plan(model, settings, dev, amp, checkpoint, world_size, local_world_size)
+        return print_dry_run(dev, compute_dtype, checkpoint)
+    train_mixture = open_mixture(mixture, data_dir, seed)
+    held_out = validation_mixture(train_mixture) if eval_interval else None
+    if eval_interval and not held_out:
+        print(f'no dataset has a validation.jsonl in {data_dir}: no validation loss')
+    model, processor = build(checkpoint, dev, compute_dtype)
+    print_plan(model, settings, dev, compute_dtype, checkpoint, world_size, local_world_size)
     model.train()
     optimizers = make_optimizers(model)
-    step, loader_state, scaling = 0, None, [2. ** 12, 0.]
+    step, loader_state, scale_state = 0, None, [2. ** 12, 0.]
     if checkpoint:
-        step, loader_state, scaling = load_state(checkpoint, model, optimizers, mixture_of_sets, settings, dev)
-    scaling = torch.tensor(scaling, device=dev)
+        step, loader_state, scale_state = load_state(checkpoint, model, optimizers, train_mixture, settings, dev)
+    scale_state = torch.tensor(scale_state, device=dev)
     cp_group = make_cp_group(cp, model.config.language.num_heads)
     if compile:
         compile_blocks(model, memory_budget)
-    trained = distribute(model)
+    wrapped = distribute(model)
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     if rank == 0:
         remove_unfinished(out_dir)
@@ -746,36 +801,37 @@ def main():
     checkpointer = AsyncCheckpointer(out_dir, keep, remote)
     watchdog = Watchdog(hang_after)
     monitor = Monitor(step, model, dev)
-    batches = Batches(training_loader(mixture_of_sets, processor, loader_state), loader_state, dev, watchdog)
-    validates = bool(eval_interval) and validation_loader(mixture_of_sets, processor) is not None
-    if eval_interval and not validates:
-        print(f'no dataset has a validation.jsonl in {data_dir}: no validation loss')
+    loader = training_loader(train_mixture, processor, loader_state)
+    batches = Batches(loader, loader_state, dev, watchdog)
 
-    # -- train
+    # -- train; `step` counts the steps that are done
     while step < max_steps and not monitor.is_stopping:
-        monitor.before(step + 1)
-        loss_scale = scaling[0] if amp == torch.float16 else 1.
+        monitor.before_step(step + 1)
         micro_batches, waited = batches.next_step(step + 1)
-        loss, sums = backward(model, trained, micro_batches, autocast, loss_scale, cp_group)
+        loss_scale = scale_state[0] if compute_dtype == torch.float16 else 1.
+        loss, sums = forward_backward(model, wrapped, micro_batches, autocast, loss_scale, cp_group)
         grad_norm, found_inf = step_optimizers(optimizers, step, loss_scale)
-        if amp == torch.float16:
-            scaling = update_loss_scale(scaling, found_inf)
+        if compute_dtype == torch.float16:
+            scale_state = update_loss_scale(scale_state, found_inf)
         step += 1
-        monitor.after(step, micro_batches, waited, loss, sums, grad_norm, found_inf, batches.state['skipped'])
-        if validates and is_eval_due(step):
-            monitor.add(validate(step, model, mixture_of_sets, processor, dev, autocast, cp_group, watchdog))
+        monitor.after_step(step, micro_batches, waited, loss, sums, grad_norm, found_inf, batches.state['skipped'])
+        if is_report_due(step) or monitor.is_stopping:
+            monitor.report()
+            monitor.stop_if_nonfinite(micro_batches)
+        if held_out and is_eval_due(step):
+            monitor.add(validate(step, model, held_out, processor, dev, autocast, cp_group, watchdog))
         if is_save_due(step) or monitor.is_stopping:
             watchdog.at('copying the checkpoint')
-            place = {'loader': batches.state, 'scaling': scaling.tolist()}
-            checkpointer.save(step, model, processor, optimizers, place, random_state(dev), settings, cp)
+            rank_state = {'loader': batches.state, 'scaling': scale_state.tolist()}
+            checkpointer.save(step, model, processor, optimizers, rank_state, random_state(dev), settings, cp)
             monitor.restart_clock()
 
     # -- finish
     watchdog.at('writing the last checkpoint')
-    is_lost = checkpointer.wait()
+    save_failed = checkpointer.wait()
     watchdog.over.set()
     monitor.close(step)
-    if is_lost:
+    if save_failed:
         raise UserError(f"the last checkpoint could not be written. Make room and run this again: it goes on from "
                         f"{newest(out_dir)}")
     report_skipped(batches.state)
@@ -787,4 +843,4 @@ if __name__ == '__main__':
     except UserError as e:
         sys.exit(f'error: {e}')
     if world_size > 1:
-        dist.destroy_process_group()         # only now, because destroying the group while DDP is alive hangs
+        dist.destroy_process_group()      # only now, because destroying it while DDP is alive hangs

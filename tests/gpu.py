@@ -75,9 +75,9 @@ def loss_and_gradients(say):
         loss, gradients = one_process(on_cpu, rows)
         model = copy_to_device(on_cpu)
         for recompute in (0, 1):
-            model.vision_tower.checkpoint_every = model.language_model.checkpoint_every = recompute
+            model.vision_tower.recompute_every = model.language_model.recompute_every = recompute
             compare(say, 'step against CPU', model, rows, loss, gradients, recipe=recipe, recompute=recompute)
-        model.vision_tower.checkpoint_every = model.language_model.checkpoint_every = 0
+        model.vision_tower.recompute_every = model.language_model.recompute_every = 0
         for dtype in (torch.bfloat16, torch.float16):
             compare(say, 'step against CPU', model, rows, loss, gradients, dtype, recipe=recipe, products=str(dtype)[6:])
 

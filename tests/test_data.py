@@ -525,7 +525,7 @@ def test_packed_rows_are_full_and_hold_every_example_once(world):
     filled = [b.num_tokens / b.tokens.numel() for b, _ in batches]
     assert all(b.tokens.shape == (2, 512) for b, _ in batches) and np.mean(filled) > .98
     state = batches[-1][1]
-    assert sum(len(b.rows) for b, _ in batches) + len(state['pool']) == state['draw'] == state['seen']
+    assert sum(len(b.sources) for b, _ in batches) + len(state['pool']) == state['draw'] == state['seen']
     waited = [draw[0] for draw in state['pool']]
     assert min(waited) > state['draw'] - 200               # the oldest goes first: nobody waits for ever
 
@@ -545,7 +545,7 @@ def test_other_numbers_of_loaders_go_on_without_losing_or_repeating_a_row(world)
         taken = [take(loader(world, state=state, rank=i, world_size=n, length=512, packed=True, batch_size=2), 3)
                  for i, state in enumerate(states)]
         states = [batches[-1][1] for batches in taken]
-        seen.update(tuple(row) for batches in taken for batch, _ in batches for row in batch.rows)
+        seen.update(tuple(row) for batches in taken for batch, _ in batches for row in batch.sources)
     end, = reshard_loader_states(states, 1, mixture)
     seen.update((mixture.datasets[d].name, row) for _, d, row in end['pool'])
     drawn = itertools.islice(mixture.draws(), end['draw'])

@@ -431,7 +431,7 @@ def test_resumed_and_parallel_runs_give_the_same_scores(world, checkpoint, tmp_p
     batch = data.collate([[example] for example in examples], processor)
     entries = [entry for entry in half_figures['losses'] if entry['dataset'] == 'shapes_text']
     assert entries[0]['tokens'] == len(batch.loss_index)
-    assert entries[0]['loss'] == pytest.approx(vlm(batch, loss_scale=1. / batch.total_weight)[0].item(), rel=1e-4)
+    assert entries[0]['loss'] == pytest.approx(vlm(batch, weight_factor=1. / batch.total_weight)[0].item(), rel=1e-4)
 
 
 def test_answers_do_not_depend_on_batch_size(world, checkpoint, monkeypatch):

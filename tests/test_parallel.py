@@ -56,7 +56,7 @@ def _compare(rank, folder, layouts):
         group = parallel.make_cp_group(cp, model.config.language.num_heads)
         rows = batches(world // cp * accumulation)[rank // cp::world // cp]
         rows = [split_batch(b, rank % cp, cp) if cp > 1 else b for b in rows]
-        loss, _ = train.backward(model, train.distribute(model), rows, torch.enable_grad(), cp_group=group)
+        loss, _ = train.forward_backward(model, train.distribute(model), rows, torch.enable_grad(), cp_group=group)
         worst = 0.
         for name, p in model.named_parameters():
             if p.requires_grad:

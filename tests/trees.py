@@ -45,11 +45,11 @@ def batches(number):
     return (every * 2)[:number]
 
 
-def build(frozen=False, recipe='nano', cut=None, **language):
+def build(frozen=False, recipe='nano', cut=None, fast=True, **language):
     """A model of random weights; cut(model) says who holds them, before there are any."""
     with torch.device('meta'):
         model = VLM(make_config(VISION, {**LANGUAGE, **language}, recipe=recipe, connector='mlp', pooling=2,
-                                visual_token_ids=tuple(range(5, 30))))
+                                visual_token_ids=tuple(range(5, 30))), fast)
     model.set_trained(dict(train_vision=not frozen, train_connector=True, train_language=True, train_embedding=True))
     if cut:
         cut(model)
