@@ -1,5 +1,6 @@
 # make demo: draw the shapes world, train three stages on it, score each, ask the last one something
 # make test: everything the suite checks, offline once the packages are installed
+# make quick: the tests one runs while editing, under 20 seconds
 # make test-oldest: model, training and parallel tests with torch 2.11, the oldest that works, in an environment of its own
 # make bench: side by side with transformers on this machine
 # make gpu-check: right results and figures of this machine's GPU in six minutes (SECONDS=..), with the torch of its own
@@ -31,6 +32,9 @@ gpu-check:
 browser-check: .venv/test
 	$(BIN)/python -m pytest -p no:xdist tests/browser.py
 
+quick: .venv/test
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m quick
+
 test-oldest: .venv/oldest/done
 	OMP_NUM_THREADS=1 .venv/oldest/bin/python -m pytest -n 2 --dist worksteal tests/test_cuda.py tests/test_model.py \
 		tests/test_parallel.py tests/test_train.py
@@ -51,4 +55,4 @@ test-oldest: .venv/oldest/done
 	$(BIN)/pip install -q --no-deps --upgrade --target .venv/torchvision torchvision==0.28.0
 	touch $@
 
-.PHONY: demo test test-oldest bench gpu-check browser-check
+.PHONY: demo test quick test-oldest bench gpu-check browser-check

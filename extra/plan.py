@@ -1,11 +1,14 @@
 """What a run costs and whether it fits, before it is started: parameters, floating-point
 operations, memory, draws.
 
-    python model.py [config/stage1.py]       `main`: parameters by part, memory with and without recomputing
-    python parallel.py config/stage3.py      `main_devices`: memory of each device by the number of devices
-    python train.py ... --dry_run            `print_plan` and `print_missing`
+    python model.py [config/stage1.py]     `main`: parameters by part, and memory with and without
+                                           recomputing
+    python parallel.py config/stage3.py    `main_devices`: memory of each device by the number of
+                                           devices
+    python train.py ... --dry_run          `print_plan` and `print_missing`
 
-Everything here is computed from sizes; `make gpu-check` prints measured peaks beside the estimates.
+Everything here is computed from sizes and nothing is run; `make gpu-check` prints measured peaks
+beside the estimates.
 """
 import math
 import sys
@@ -33,18 +36,20 @@ def part_table(model):
     for part, parameters in model.parts().items():
         total = count(parameters)
         trained = count(p for p in parameters if p.requires_grad)
-        state = f'{trained:,} trained'
+        state = f'{trained:,} trained'       # a part of them, such as all but the embeddings
         if not trained:
             state = 'frozen'
         elif trained == total:
             state = 'trained'
-        lines.append(f'{part:<12}{total:>16,}{total / every:>8.1%}  {state}')
+        share = total / every
+        lines.append(f'{part:<12}{total:>16,}{share:>8.1%}  {state}')
     return lines
 
 
 def planned_model(settings, checkpoint=None):
-    """The VLM that train.py builds with these settings, without weights (meta device). An init_from
-    that is not there yet is taken to be of the settings' sizes."""
+    """The VLM that train.py builds with these settings, without memory for its weights (meta
+    device). Its sizes are those of `checkpoint`, else of init_from; where neither is there yet,
+    those of the settings."""
     source = checkpoint
     if not source and settings['init_from']:
         source = newest(settings['init_from'])
@@ -53,7 +58,7 @@ def planned_model(settings, checkpoint=None):
     else:
         names = ('recipe', 'vision', 'language', 'connector', 'pooling')
         config = make_config(**{name: settings[name] for name in names})
-    with torch.device('meta'):
+    with torch.device('meta'):               # shapes without memory
         model = VLM(config)
     model.set_trained(settings)
     return model.to(pick_dtype(settings['master_dtype'], torch.device('cpu')))
@@ -62,14 +67,25 @@ def planned_model(settings, checkpoint=None):
 # --------------------------------------------------------------------------------------------------
 # Floating-point operations
 
-# bfloat16 products a second without sparsity, from the makers' data sheets; a device that is not
-# listed gets no MFU
-PEAK_FLOPS = {'A100': 312e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12, 'L40S': 362e12,
-              'L4': 121e12, 'A10': 125e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
+# Peak of each GPU in FLOP/s of bfloat16 matrix multiplication without sparsity, from the makers'
+# data sheets. The first name that occurs in the device's own name is taken, so a longer name stands
+# before its shorter one. A device that is not listed gets no MFU.
+PEAK_FLOPS = {
+    'A100': 312e12,
+    'H100 PCIe': 756e12,
+    'H100': 989e12,
+    'H200': 989e12,
+    'B200': 2250e12,
+    'L40S': 362e12,
+    'L4': 121e12,
+    'A10': 125e12,
+    'RTX 4090': 165e12,
+    'RTX 3090': 71e12,
+}
 
 
 def peak_flops(device):
-    """What the device could do in a second, or None for one that is not in the table."""
+    """The most FLOP/s that the device can do, or None for one that is not in the table."""
     if device.type != 'cuda':
         return None
     device_name = torch.cuda.get_device_name()
@@ -80,29 +96,44 @@ def peak_flops(device):
 
 
 def flops(model, batch):
-    """Floating-point operations of a training step on this batch: vision, decoder, and attention by
-    true lengths.
+    """Floating-point operations of a training step on this batch, a Batch, by the rule of Kaplan et
+    al. 2020 (section 2.1) and with attention by the true lengths of documents:
 
-    2 for each weight and token forward, 4 more where gradients flow (2 through frozen weights that
-    pass them on), and 4 * heads * head_dim for each pair of tokens of which one attends to the
-    other, three times with the backward pass. Ignores norms, softmax, rotation and the connector (<
-    2%).
+        matrices     2 for each weight and token forward, and 4 more backward: 2 for the gradient of
+                     the inputs and 2 for that of the weights. Frozen weights take 2 backward where
+                     gradients pass through them, and a frozen tower takes none.
+        attention    4 * heads * head_dim for each layer and each pair of tokens of which one
+                     attends to the other (query @ key, and scores @ value), and twice that backward
+
+    Ignores norms, softmax, rotation and the connector (< 2%).
     """
-    v, t = model.config.vision, model.config.language
-    decoder_weights = count(p for p in model.language_model.layers.parameters() if p.ndim == 2)
-    decoder_is_trained = any(p.requires_grad for p in model.language_model.layers.parameters())
+    v = model.config.vision
+    t = model.config.language
+    layers = list(model.language_model.layers.parameters())
+    decoder_weights = count(p for p in layers if p.ndim == 2)
+    decoder_is_trained = any(p.requires_grad for p in layers)
+    # Passes over each weight: forward, backward to the inputs and, where it is trained, to itself
     passes = 3 if decoder_is_trained else 2
     total = 2 * passes * decoder_weights * batch.num_tokens
-    total += 12 * t.num_layers * t.num_heads * t.head_dim * batch.num_pairs
-    total += 2 * passes * t.vocab_size * t.hidden_size * len(batch.loss_index)
-    tower_weights = count(p for name, p in model.vision_tower.named_parameters() if p.ndim == 2 and 'position' not in name)
+    attention_of_a_pair = 4 * t.num_layers * t.num_heads * t.head_dim
+    total += 3 * attention_of_a_pair * batch.num_pairs
+    # Logits are computed only for the tokens with a loss
+    output_weights = t.vocab_size * t.hidden_size
+    total += 2 * passes * output_weights * len(batch.loss_index)
+    tower_weights = 0
+    for name, p in model.vision_tower.named_parameters():
+        # The table of positions is added and not multiplied
+        if p.ndim == 2 and 'position' not in name:
+            tower_weights += p.numel()
+    tower_passes = 3 if model.vision_tower.is_trained() else 1
     for crops in (batch.patches, batch.frames):
         if crops is None:
             continue
         number, patches, _ = crops.shape
-        products = 2 * tower_weights * number * patches
-        pairs = 4 * v.num_layers * v.hidden_size * patches ** 2 * number
-        total += (3 if model.vision_tower.is_trained() else 1) * (products + pairs)
+        matrices = 2 * tower_weights * number * patches
+        # Each patch attends to all of its crop
+        attention = 4 * v.num_layers * v.hidden_size * patches ** 2 * number
+        total += tower_passes * (matrices + attention)
     return total
 
 
@@ -110,162 +141,207 @@ def flops(model, batch):
 # Memory
 
 def saved_bytes(module, *inputs):
-    """Bytes that autograd keeps for the backward pass of `module`, its own weights not counted."""
+    """Bytes that autograd keeps for the backward pass of `module`, without its own weights. It is
+    measured, by running the module on the inputs; tests compare the estimates below with it."""
     own = {p.untyped_storage()._cdata for p in module.parameters()}
-    kept = {}                                # storage -> bytes
+    # Counted by storage, because several tensors that are kept may be views of the same memory
+    kept = {}                                # address of the storage -> bytes
 
     def pack(t):
         kept[t.untyped_storage()._cdata] = t.numel() * t.element_size()
         return t
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = module(*inputs)   # it must stay alive, because it holds the graph and so the storages
-    assert out is not None
+        out = module(*inputs)
+    assert out is not None    # alive until here, because a freed storage's address would come again
     return sum(size for storage, size in kept.items() if storage not in own)
 
 
 def kept_by_decoder_block(config, size, residual, compiled):
-    """Bytes a token that autograd keeps of one block on CUDA. Numbers take `size` bytes in the
-    products' dtype and `residual` in the stream that blocks add to, which has the dtype of the
-    table of embeddings.
+    """Bytes a token that autograd keeps of one block on CUDA. config: the LanguageConfig.
 
-    Eager, each operation keeps what its gradient needs. Compiled, silu(gate) and the second norm's
-    input are made again from what is kept. Leaves out one number a head for each norm and for the
-    softmax (< 1%). tests/test_cuda.py counts.
+    size: bytes of a number in the dtype of matrix multiplication. residual: bytes of a number in
+    the hidden states that blocks add to, whose dtype is that of the table of embeddings.
+
+    Eager, each operation keeps what its gradient needs. Compiled, silu(gate) and the input of the
+    second norm are computed again from what is kept. Leaves out one number a head for each norm and
+    for the softmax (< 1%). tests/test_cuda.py compares with `saved_bytes`.
     """
-    width, inside = config.hidden_size, config.intermediate_size
+    width = config.hidden_size
+    inside = config.intermediate_size
     queries = config.num_heads * config.head_dim
     keys = config.num_kv_heads * config.head_dim
     norm_inputs = 2 * residual * width
     norm_results = 2 * size * width       # read by q_proj, k_proj, v_proj and by gate_proj, up_proj
-    head_norms = size * (queries + keys)     # queries and keys before them
-    attention = size * (queries + 2 * keys + queries)    # queries, keys, values and the result, which o_proj reads too
-    mlp = 4 * size * inside            # gate, up, silu(gate), and its product with up for down_proj
+    head_norms = size * (queries + keys)     # queries and keys before their norms
+    # Queries, keys, values, and the result, which attention and o_proj both need
+    attention = size * (queries + 2 * keys + queries)
+    mlp = 4 * size * inside                  # gate, up, silu(gate), and silu(gate) * up
     if compiled:
-        norm_inputs = residual * width + size * width    # the block's input, and what attention adds to it
+        # The input of the block, and what attention adds to it
+        norm_inputs = residual * width + size * width
         mlp = 3 * size * inside
     return norm_inputs + norm_results + head_norms + attention + mlp
 
 
 def kept_by_vision_block(config, size, residual):
-    """As `kept_by_decoder_block`, a patch of a trained tower. Compiled blocks keep as much, or
-    less."""
-    width, inside = config.hidden_size, config.intermediate_size
+    """Bytes a patch that autograd keeps of one block of a trained tower, as
+    `kept_by_decoder_block`. config: the VisionConfig. Compiled blocks keep as much, or less."""
+    width = config.hidden_size
+    inside = config.intermediate_size
     norm_inputs = 2 * residual * width
     norm_results = 2 * size * width
-    attention = 5 * size * width      # queries, keys, values, the result, and it again in one piece
-    mlp = 2 * size * inside                  # what fc1 gave, and what fc2 reads
+    # Queries, keys, values, the result, and a copy of the result with the heads side by side
+    attention = 5 * size * width
+    mlp = 2 * size * inside                  # the result of fc1, and the input of fc2
     if config.activation == 'quick_gelu':
         mlp += size * inside                 # its sigmoid
     return norm_inputs + norm_results + attention + mlp
 
 
 def kept_by_layers(a_block, width, residual, layers, recompute):
-    """Bytes a token of all layers. A checkpointed block keeps its input, and one at a time is
-    computed again."""
+    """Bytes a token that autograd keeps of all layers. a_block: those of one block; recompute: each
+    so many-th block is checkpointed (model.py, `is_checkpointed`), 0 none.
+
+    A checkpointed block keeps only its input. In the backward pass they are computed again one
+    after the other, so one of them counts as a whole block, too.
+    """
     checkpointed = 0
     if recompute:
         checkpointed = -(-layers // recompute)           # rounded up
-    whole = layers - checkpointed + bool(checkpointed)
+    whole = layers - checkpointed
+    if checkpointed:
+        whole += 1
     return a_block * whole + residual * width * checkpointed
 
 
-def memory_estimate(model, rows, seq_len, recompute=0, amp=torch.bfloat16, patches=0, shards=1, cp=1, compiled=False):
-    """Bytes by use on each CUDA device for a micro-batch of full rows: {'weights': ..., ...,
+def memory_estimate(model, rows, seq_len, recompute=0, amp=torch.bfloat16, patches=0, shards=1,
+                    cp=1, compiled=False):
+    """Bytes on each CUDA device for a micro-batch of full rows, by use: {'weights': ..., ...,
     'total': ...}.
 
-    patches: those of all the pictures and frames of a row; 0: one picture's. shards: so many
-    devices hold the weights together (parallel.py); cp: so many share their rows. amp: the
-    products' dtype.
+    rows, seq_len: rows of a micro-batch, and tokens of a row. recompute: as in `kept_by_layers`.
+    amp: the dtype of matrix multiplication. patches: of all the pictures and frames of a row; 0:
+    those of one picture. shards: how many devices hold the weights together (parallel.py); cp: how
+    many share their rows.
 
-    Counted are weights, gradients and two moments in the weights' own dtype; what autograd keeps of
-    each block; the autocast copies of trained weights (of sharded ones two blocks at a time, and
-    all that is in no block); the features of all patches; one chunk of logits, and the gradient of
-    the output's weights. Left out are what a single operation needs in passing, the allocator's
-    gaps (together 5 to 15%), and what `memory_budget` saves.
+        weights, gradients,    in the dtype of the weights, a share of them on each device
+        moments
+        weight copies          what autocast keeps of the trained weights; of sharded weights those
+                               of two blocks at a time, and of all that is in no block
+        features               those of all patches
+        activations            what autograd keeps of each block
+        logits                 one chunk of them, and the gradient of the output's weights
+
+    Left out are the temporary results of single operations, gaps in the allocator's memory
+    (together 5 to 15%), and what the setting `memory_budget` saves.
     """
-    v, t = model.config.vision, model.config.language
-    size = torch.finfo(amp).bits // 8
-    master = model.language_model.embed_tokens.weight.element_size()             # 4, or 2 with a narrow master_dtype
+    v = model.config.vision
+    t = model.config.language
+    size = torch.finfo(amp).bits // 8        # bytes of a number
+    # Bytes of a weight: 4, or 2 with a narrow master_dtype
+    master = model.language_model.embed_tokens.weight.element_size()
     trained = count(p for p in model.parameters() if p.requires_grad)
     every = count(model.parameters())
     tower_is_trained = model.vision_tower.is_trained()
-    # A frozen tower stays whole on each device
+    # A frozen tower is not sharded (parallel.py), so that each device holds all of it
     unsharded = 0 if tower_is_trained else count(model.vision_tower.parameters())
-    use = {'weights': master * (unsharded + (every - unsharded) / shards),
-           'gradients': master * trained / shards,
-           'moments': 2 * master * trained / shards,
-           'weight copies': 0}
+    sharded = every - unsharded
+    use = {
+        'weights': master * (unsharded + sharded / shards),
+        'gradients': master * trained / shards,
+        'moments': 2 * master * trained / shards,        # Adam's two
+        'weight copies': 0,
+    }
     if shards > 1:
         layers = count(model.language_model.layers.parameters())
-        outside = every - unsharded - layers
+        outside = sharded - layers
         if tower_is_trained:
             outside -= count(model.vision_tower.encoder.parameters())
-        use['weight copies'] = 2 * size * layers / t.num_layers + master * outside
+        two_blocks = 2 * size * layers / t.num_layers
+        use['weight copies'] = two_blocks + master * outside
     elif amp != torch.float32:
         use['weight copies'] = size * trained
-    patches = rows * (patches or (v.image_size // v.patch_size) ** 2)
+
+    patches_of_a_picture = (v.image_size // v.patch_size) ** 2
+    patches = rows * (patches or patches_of_a_picture)
     use['features'] = master * patches * v.feature_size
+
     tokens = rows * seq_len / cp
     block = kept_by_decoder_block(t, size, master, compiled)
-    use['activations'] = tokens * kept_by_layers(block, t.hidden_size, master, t.num_layers, recompute)
+    a_token = kept_by_layers(block, t.hidden_size, master, t.num_layers, recompute)
+    use['activations'] = tokens * a_token
     if tower_is_trained:
         block = kept_by_vision_block(v, size, master)
-        use['activations'] += patches / cp * kept_by_layers(block, v.hidden_size, master, v.num_layers, recompute)
+        a_patch = kept_by_layers(block, v.hidden_size, master, v.num_layers, recompute)
+        use['activations'] += patches / cp * a_patch
+
+    # Bytes for each word of the vocabulary: a chunk of logits in float32 and again as their
+    # gradient in the narrower dtype; then the gradient of the output's weights in float32, and once
+    # more when it is scaled
     chunk = min(LOGITS_CHUNK, tokens) * (4 + size)
-    output_gradients = 2 * 4 * t.hidden_size           # in float32, and once more when it is scaled
+    output_gradients = 2 * 4 * t.hidden_size
     use['logits'] = t.vocab_size * (chunk + output_gradients)
     use['total'] = sum(use.values())
     return {name: int(n) for name, n in use.items()}
 
 
 def full_row_patches(settings):
-    """Patches behind a row of nothing but visual tokens, for `memory_estimate`; 0 where a row is
-    one example."""
+    """Patches of a packed row that holds nothing but visual tokens, for `memory_estimate`; 0 (one
+    picture) where a row is one example."""
     if not settings['packing']:
         return 0
-    return settings['seq_len'] * max(settings['pooling'], settings['video_pooling']) ** 2
+    widest_window = max(settings['pooling'], settings['video_pooling'])
+    return settings['seq_len'] * widest_window ** 2
 
 
-SLACK = 1.1        # of a memory_estimate: what operations need in passing, and the allocator's gaps
+# An estimate is multiplied by this, for temporary results and for gaps in the allocator's memory
+SLACK = 1.1
 
 
 def fits(total, memory):
-    """Says whether an estimated total fits a device with `memory` bytes."""
+    """A sentence that says whether an estimated total fits a device with `memory` bytes."""
     verdict = 'fits'
     if SLACK * total > memory:
         verdict = 'does not fit: halve batch_size and double accumulation, or set recompute = 1'
-    return f'{total / 1e9:.1f} GB and a tenth for slack in {memory / 1e9:.0f} GB: {verdict}'
+    needed = total / 1e9
+    available = memory / 1e9
+    return f'{needed:.1f} GB and a tenth for slack in {available:.0f} GB: {verdict}'
 
 
 # --------------------------------------------------------------------------------------------------
 # The mixture
 
 def mixture_table(mixture, data_dir, draws):
-    """A line for each data set: rows, square root, share of the draws, draws of the whole run,
-    epochs. A data set that is not there yet counts with the `size` that the config gives it."""
+    """Lines of a table, one for each data set: rows, their square root, share of the draws, draws
+    in the whole run, epochs. draws: examples of the whole run. A data set that is not there yet
+    counts with the `size` that the config gives it."""
     sets = mixture_sets(mixture)
     sizes = {}
     missing = set()
     for name, options in sets.items():
         try:
             sizes[name] = Dataset(Path(data_dir) / name).rows
-        except UserError:
+        except UserError:                    # it is not prepared yet
             missing.add(name)
             sizes[name] = options.get('size', 0)
-    rates = mixture_rates(mixture, {name: max(1, size) for name, size in sizes.items()})
+    at_least_one = {name: max(1, size) for name, size in sizes.items()}      # no division by 0
+    rates = mixture_rates(mixture, at_least_one)
     lines = [f"{'dataset':<34}{'rows':>11}{'sqrt':>8}{'weight':>9}{'draws':>13}{'epochs':>9}"]
     for key, group in mixture.items():
         names = list(group['sets']) if isinstance(group, dict) else [key]
         indent = ''
-        if len(names) > 1:
+        if len(names) > 1:                   # a line for the group itself
             indent = '  '
-            lines.append(f'{key:<53}{sum(rates[name] for name in names):>9.2%}')
+            rate = sum(rates[name] for name in names)
+            lines.append(f'{key:<53}{rate:>9.2%}')
         for name in names:
             rows = min(sizes[name], sets[name].get('cap') or sizes[name])
             mark = ' *' if name in missing else ''
-            epochs = f'{draws * rates[name] / rows:>9.2f}' if rows else f"{'?':>9}"
-            lines.append(f'{indent + name + mark:<34}{rows:>11,}{rows ** .5:>8.0f}{rates[name]:>9.2%}'
-                         f'{draws * rates[name]:>13,.0f}{epochs}')
+            rate = rates[name]
+            times = draws * rate
+            epochs = f'{times / rows:.2f}' if rows else '?'
+            lines.append(f'{indent + name + mark:<34}{rows:>11,}{rows ** .5:>8.0f}{rate:>9.2%}'
+                         f'{times:>13,.0f}{epochs:>9}')
     if missing:
         lines.append('* not prepared yet; rows as the config expects')
     return lines
@@ -274,65 +350,101 @@ def mixture_table(mixture, data_dir, draws):
 # --------------------------------------------------------------------------------------------------
 # The plan that train.py prints
 
-ATTENTION_NAMES = {'causal': 'causal SDPA', 'dense': 'SDPA with a dense mask', 'pieces': 'attention in small dense pieces',
-                   'flex': 'FlexAttention with a block mask'}
+ATTENTION_NAMES = {
+    'causal': 'causal SDPA',
+    'dense': 'SDPA with a dense mask',
+    'pieces': 'attention in small dense pieces',
+    'flex': 'FlexAttention with a block mask',
+}
 
 
 def print_plan(model, settings, device, amp, checkpoint, world_size=1, local_world_size=1):
-    """What was decided, once, before training starts."""
-    s = settings
+    """Prints what was decided, once, before training starts. amp: the dtype of matrix
+    multiplication; checkpoint: the folder to resume from, or None; world_size, local_world_size:
+    processes in all, and on each machine."""
     print('\n'.join(part_table(model)))
-    readers = world_size // s['cp']          # processes that read rows of their own
-    rows = s['batch_size'] * s['accumulation'] * readers
-    print('\n'.join(mixture_table(s['mixture'], s['data_dir'], s['max_steps'] * rows)))
-    if s['packing']:
-        print('  (draws as if a row held one example; python data.py with this config counts how many it holds)')
-    micro = f"{s['batch_size']} x {s['accumulation']} micro-batches"
+    cp = settings['cp']
+    batch_size = settings['batch_size']
+    accumulation = settings['accumulation']
+    max_steps = settings['max_steps']
+    readers = world_size // cp               # processes that read rows of their own
+    rows = batch_size * accumulation * readers
+    table = mixture_table(settings['mixture'], settings['data_dir'], max_steps * rows)
+    print('\n'.join(table))
+    if settings['packing']:
+        print('  (draws as if a row held one example; '
+              'python data.py with this config counts how many it holds)')
+    micro = f'{batch_size} x {accumulation} micro-batches'
     if world_size > 1:
         micro += f' x {readers} processes'
-    if s['cp'] > 1:
-        micro += f", each with {s['cp'] - 1} more that share its rows"
-    print(f"steps {s['max_steps']:,} of {rows} rows = {micro}, at most {rows * s['seq_len']:,} tokens a step, "
-          f"{rows * s['max_steps']:,} rows in all")
+    if cp > 1:
+        micro += f', each with {cp - 1} more that share its rows'
+    tokens = rows * settings['seq_len']
+    print(f'steps {max_steps:,} of {rows} rows = {micro}, at most {tokens:,} tokens a step, '
+          f'{rows * max_steps:,} rows in all')
     print_memory(model, settings, device, amp, world_size, local_world_size)
     form = choose_attention(model.config.recipe, device, causal=False)
-    print(f'device {device} with {torch.get_num_threads()} threads, {str(amp)[6:]}; rows with branches: '
-          f'{ATTENTION_NAMES[form]}')
+    dtype = str(amp).removeprefix('torch.')
+    print(f'device {device} with {torch.get_num_threads()} threads, {dtype}; '
+          f'rows with branches: {ATTENTION_NAMES[form]}')
     print_layout(model.config, settings)
-    print(f'resuming from {checkpoint}' if checkpoint else f"starting from {s['init_from'] or 'new weights'}")
-    print(f'ln(vocabulary) = {math.log(model.config.language.vocab_size):.3f}: the loss of a model that knows nothing',
-          flush=True)
+    if checkpoint:
+        print(f'resuming from {checkpoint}')
+    else:
+        print(f"starting from {settings['init_from'] or 'new weights'}")
+    # A model that gives all tokens the same probability has this loss
+    uniform = math.log(model.config.language.vocab_size)
+    print(f'ln(vocabulary) = {uniform:.3f}: the loss of a model that knows nothing', flush=True)
 
 
 def print_memory(model, settings, device, amp, world_size, local_world_size):
-    shards = {'ddp': 1, 'fsdp': world_size, 'hsdp': local_world_size}[settings['parallel']]
-    memory = memory_estimate(model, settings['batch_size'], settings['seq_len'], settings['recompute'], amp,
-                             full_row_patches(settings), shards, settings['cp'], settings['compile'])
+    shards_of = {'ddp': 1, 'fsdp': world_size, 'hsdp': local_world_size}
+    memory = memory_estimate(
+        model,
+        settings['batch_size'],
+        settings['seq_len'],
+        settings['recompute'],
+        amp,
+        full_row_patches(settings),
+        shards_of[settings['parallel']],
+        settings['cp'],
+        settings['compile'],
+    )
     uses = ', '.join(f'{use} {n / 1e9:.2f} GB' for use, n in memory.items())
     print(f'memory of full rows on CUDA, estimated: {uses}')
+    total = memory['total']
     if device.type == 'cuda':
-        print('on this GPU: ' + fits(memory['total'], torch.cuda.get_device_properties(device).total_memory))
+        available = torch.cuda.get_device_properties(device).total_memory
+        print('on this GPU: ' + fits(total, available))
     elif settings['dry_run']:
-        print('on a GPU of 80 GB: ' + fits(memory['total'], 80e9))
+        print('on a GPU of 80 GB: ' + fits(total, 80e9))
 
 
 def print_layout(config, settings):
-    """In what other tools the checkpoints open."""
-    out_dir, native = settings['out_dir'], layout(config)
+    """Prints which other tools open the checkpoints."""
+    out_dir = settings['out_dir']
+    native = layout(config)
     if native is None:
-        print(f"checkpoints in {out_dir} open here only: no native architecture expresses recipe '{config.recipe}' "
-              f"with connector '{config.connector}' and a {config.vision.style} tower")
+        print(f'checkpoints in {out_dir} open here only: no native architecture expresses '
+              f"recipe '{config.recipe}' with connector '{config.connector}' and a "
+              f'{config.vision.style} tower')
         return
     print(f'checkpoints in {out_dir} open in transformers as {native}')
-    if native != 'molmo2' and settings['image_size'] != config.vision.image_size:
-        print(f"note: pictures of {settings['image_size']} px on a position table of {config.vision.image_size} px: "
-              f'transformers needs interpolate_pos_encoding=True to do the same')
+    size = settings['image_size']
+    trained_size = config.vision.image_size
+    if native != 'molmo2' and size != trained_size:
+        print(f'note: pictures of {size} px on a position table of {trained_size} px: '
+              'transformers needs interpolate_pos_encoding=True to do the same')
 
 
 def print_missing(settings):
-    """Data sets and folders that a config names and that are not there."""
-    paths = [Path(settings['data_dir']) / name / 'train.jsonl' for name in mixture_sets(settings['mixture'])]
-    names = ('init_from',) if settings['init_from'] else ('vision_weights', 'language_weights', 'tokenizer')
+    """Prints the data sets and folders that a config names and that are not there."""
+    data_dir = Path(settings['data_dir'])
+    paths = [data_dir / name / 'train.jsonl' for name in mixture_sets(settings['mixture'])]
+    # A checkpoint to start from holds the weights and the tokenizer
+    names = ('vision_weights', 'language_weights', 'tokenizer')
+    if settings['init_from']:
+        names = ('init_from',)
     paths += [Path(settings[name]) for name in names if settings[name]]
     missing = [path for path in paths if not path.exists()]
     for path in missing:
@@ -345,30 +457,38 @@ def print_missing(settings):
 # Commands
 
 def main():
-    """python model.py: parameters, and memory of the stages or of a config."""
+    """python model.py: prints parameters, and memory of the three stages or of a config."""
     settings = configure(train_settings())
     model = planned_model(settings)
     print('\n'.join(part_table(model)))
     total = count(model.parameters())
-    print(f"{'all':<12}{total:>16,}          {layout(model.config) or 'no'} layout in transformers")
+    native = layout(model.config) or 'no'
+    print(f"{'all':<12}{total:>16,}          {native} layout in transformers")
     # The rows a GPU and tokens a row of config/stage1.py, stage2.py and stage3.py
     stages = {'stage 1': (8, 4096), 'stage 2': (8, 4096), 'stage 3': (1, 36864)}
     if len(sys.argv) > 1:
         stages = {'this config': (settings['batch_size'], settings['seq_len'])}
+    # The tables are those of a GPU, wherever they are printed, so 'auto' is bfloat16
     amp = torch.float32 if settings['dtype'] == 'float32' else torch.bfloat16
-    for title, recompute, compiled in (('nothing recomputed', 0, False), ('nothing recomputed, compile', 0, True),
-                                       ('every block recomputed', 1, False)):
+    ways = (                                 # title, recompute, compiled
+        ('nothing recomputed', 0, False),
+        ('nothing recomputed, compile', 0, True),
+        ('every block recomputed', 1, False),
+    )
+    for title, recompute, compiled in ways:
         print(f'\nGB a device with full rows, {title}')
         for name, (rows, seq_len) in stages.items():
             patches = full_row_patches({**settings, 'seq_len': seq_len})
-            memory = memory_estimate(model, rows, seq_len, recompute, amp, patches, compiled=compiled)
+            memory = memory_estimate(model, rows, seq_len, recompute, amp, patches,
+                                     compiled=compiled)
             uses = '  '.join(f'{use} {n / 1e9:.1f}' for use, n in memory.items())
             print(f'{name:<12}{rows:>3} x {seq_len:<7,}{uses}')
             print(f"{'':<12}on a GPU of 80 GB: {fits(memory['total'], 80e9)}")
 
 
 def main_devices():
-    """python parallel.py: memory of each device by the number of devices, and one row shared by several."""
+    """python parallel.py: prints the memory of each device by the number of devices, and what it
+    takes to share one row among several."""
     settings = configure(train_settings())
     model = planned_model(settings)
     print_devices(model, settings)
@@ -376,14 +496,20 @@ def main_devices():
 
 
 def print_devices(model, settings):
-    rows, seq_len, recompute = (settings[name] for name in ('batch_size', 'seq_len', 'recompute'))
+    """Prints a line for each number of devices: memory by use with fsdp, and the total where cp of
+    them share their rows."""
+    rows = settings['batch_size']
+    seq_len = settings['seq_len']
+    recompute = settings['recompute']
     patches = full_row_patches(settings)
 
     def need(devices, cp):
-        return memory_estimate(model, rows, seq_len, recompute, patches=patches, shards=devices, cp=cp)
+        return memory_estimate(model, rows, seq_len, recompute, patches=patches,
+                               shards=devices, cp=cp)
     alone = need(1, 1)
-    print(f"GB on each device for {rows} rows of {seq_len:,} tokens, recompute = {recompute}; with ddp "
-          f"{alone['total'] / 1e9:.1f}, with fsdp:\n")
+    with_ddp = alone['total'] / 1e9
+    print(f'GB on each device for {rows} rows of {seq_len:,} tokens, recompute = {recompute}; '
+          f'with ddp {with_ddp:.1f}, with fsdp:\n')
     head = [*alone, 'cp = 2', 'cp = 4', 'cp = 8']
     print('devices  ' + '  '.join(head))
     for devices in (1, 2, 4, 8, 16, 32, 64, 128, 256):
@@ -394,17 +520,25 @@ def print_devices(model, settings):
 
 
 def print_shared_row(model, settings):
-    t, seq_len = model.config.language, settings['seq_len']
-    print(f"\nOne row shared by cp devices that hold the weights together. MB: what each sends in a layer's forward pass, "
-          f"and again in its backward pass\n\n{'row':>9}{'cp':>4}{'tokens each':>13}{'GB each':>9}{'MB':>7}")
+    """Prints what one row takes on each of cp devices that share it (context parallelism,
+    parallel.py): memory, and megabytes to send."""
+    t = model.config.language
+    seq_len = settings['seq_len']
+    print('\nOne row shared by cp devices that hold the weights together. MB: what each sends in '
+          "a layer's forward pass, and again in its backward pass\n")
+    print(f"{'row':>9}{'cp':>4}{'tokens each':>13}{'GB each':>9}{'MB':>7}")
     for length in (seq_len, 4 * seq_len):
         for cp in (1, 2, 4, 8, 16):
-            if t.num_heads % cp:
+            if t.num_heads % cp:             # each device takes whole heads
                 continue
-            kv_heads = t.num_kv_heads * cp // math.gcd(t.num_kv_heads, cp)       # repeated until cp divides them
-            # Queries, results, keys and values of a rank's tokens, in two bytes, all but the share
-            # that it keeps
-            sent = (2 * t.num_heads + 2 * kv_heads) * t.head_dim * 2 * length / cp * (cp - 1) / cp
+            # Key heads are repeated until cp divides them: their least common multiple
+            kv_heads = math.lcm(t.num_kv_heads, cp)
+            # A device sends queries, results, keys and values of its own tokens, in two bytes, to
+            # the cp - 1 others
+            heads = 2 * t.num_heads + 2 * kv_heads
+            sent = heads * t.head_dim * 2 * length / cp * (cp - 1) / cp
             patches = full_row_patches(settings) * length // seq_len
-            memory = memory_estimate(model, 1, length, settings['recompute'], patches=patches, shards=cp, cp=cp)
-            print(f"{length:>9,}{cp:>4}{length // cp:>13,}{memory['total'] / 1e9:>9.1f}{sent / 1e6:>7.0f}")
+            memory = memory_estimate(model, 1, length, settings['recompute'], patches=patches,
+                                     shards=cp, cp=cp)
+            total = memory['total'] / 1e9
+            print(f'{length:>9,}{cp:>4}{length // cp:>13,}{total:>9.1f}{sent / 1e6:>7.0f}')

@@ -1,23 +1,38 @@
-"""Prints, after the tests, how far the logits (hidden states for a tower alone) are from those of transformers."""
+"""Prints, after the tests, how far the logits (hidden states for a tower alone) are from those of
+transformers. Knows the marker `quick`: pytest -q -m quick runs what one runs while editing."""
 import sys
 
 import pytest
 from hypothesis import settings
 
-settings.register_profile('long', max_examples=5000)       # pytest --hypothesis-profile=long -k "damaged or any_record"
+# pytest --hypothesis-profile=long -k "damaged or any_record"
+settings.register_profile('long', max_examples=5000)
 
+QUICK_FILES = ('test_configurator.py',)    # all of their tests are quick
 parity = {}
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'quick: under 20 seconds all together, to run while editing')
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name in QUICK_FILES:
+            item.add_marker('quick')
 
 
 def pytest_sessionfinish(session):
     parity.update(getattr(sys.modules.get('test_model'), 'PARITY', {}))
-    if hasattr(session.config, 'workeroutput'):            # one of several processes (pytest -n): the first one prints
+    # With pytest -n there are several processes, and the first one prints
+    if hasattr(session.config, 'workeroutput'):
         session.config.workeroutput['parity'] = parity
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
-    parity.update(getattr(node, 'workeroutput', {}).get('parity', {}))
+    output = getattr(node, 'workeroutput', {})
+    parity.update(output.get('parity', {}))
 
 
 def pytest_terminal_summary(terminalreporter):

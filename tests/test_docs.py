@@ -62,9 +62,9 @@ def test_make_targets_exist():
 
 
 def test_every_file_is_named():
-    """The README's tables name every file of the root and of extra/."""
+    """The README's tables name every file of the root, of extra/ and of prepare/."""
     readme = (ROOT / 'README.md').read_text()
-    files = [*ROOT.glob('*.py'), *(ROOT / 'extra').glob('*.py')]
+    files = [*ROOT.glob('*.py'), *ROOT.glob('extra/*.py'), *ROOT.glob('prepare/*.py')]
     assert not [path for path in files if f'`{path.relative_to(ROOT)}`' not in readme]
 
 
