@@ -656,7 +656,8 @@ class Processor:
 
     def answer_weight(self, task, answer_tokens, conversations, loss_weight=1., token_weight=None):
         """The loss weight of each token of an answer; this is the only place where it is decided.
-        The loss of a step is then the weighted mean over all its tokens (train.py, `backward`).
+        The loss of a step is then the weighted mean over all its tokens (train.py,
+        `forward_backward`).
 
             task_weights[task]        because a token of a pointing answer says more than one of a
                                       caption

@@ -1,5 +1,5 @@
-# Stage 1 in small: captions, points, counts, questions and clocks about drawn shapes, from random weights, on a laptop.
-# Data: python prepare/shapes.py. Trains everything, because nothing here was trained before.
+# Stage 1 of the demo: captions, points, counts and questions about drawn shapes and clocks, on a laptop. The data is
+# drawn by prepare/shapes.py. All parts are trained, because the weights start at random.
 out_dir = 'out/demo_stage1'
 tokenizer = 'data/shapes'
 mixture = {'shapes': 0.87, 'clocks': 0.08, 'shapes_text': 0.05}
@@ -8,18 +8,19 @@ vision = dict(hidden_size=128, intermediate_size=512, num_layers=3, num_heads=8,
 language = dict(hidden_size=192, intermediate_size=512, num_layers=4, num_heads=6, num_kv_heads=3, head_dim=32,
                 vocab_size=1024)
 image_size = 64
-pooling = 2                    # 16 visual tokens a picture,
+pooling = 2                    # 16 visual tokens per picture
 video_size = 64
-video_pooling = 2              # and a frame
+video_pooling = 2              # 16 visual tokens per frame
 max_frames = 16
 train_vision = True
 point_digits = 2
 seq_len = 1024
-batch_size = 6                 # rows of several pictures each, 32 in all
+batch_size = 6                 # rows; each holds several pictures, together about 32
 packing = True
-num_workers = 0                # on two cores a loader process would take one from the training
-# What shape a thing has is learned last, and from captions; until then nobody can find "the red star". A coordinate is
-# known to a few hundredths at best: with the default weights that noise would be three quarters of the loss.
+num_workers = 0                # a loader process would take one of two cores from the training
+# Captions weigh most, because the model learns the kinds of shapes last and from captions, and cannot find "the red
+# star" before. Pointing weighs less, because a coordinate can only be known to a few hundredths; with the default
+# weights the loss of these last digits would be three quarters of the whole loss.
 task_weights = {'captioning': 4.0, 'qa': 3.0, 'counting': 2.0, 'pointing': 2.0}
 optimizer = 'muon'
 muon_learning_rate = 4e-3
@@ -32,4 +33,4 @@ min_lr_ratio = 0.0
 eval_interval = 400
 eval_batches = 8
 save_interval = 400
-keep = 0                       # every checkpoint, for docs/curve.py
+keep = 0                       # 0 keeps every checkpoint; docs/curve.py draws their scores

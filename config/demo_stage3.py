@@ -1,4 +1,4 @@
-# Stage 3 in small: clips of three times as many frames, from stage 2's checkpoint.
+# Stage 3 of the demo: clips with three times as many frames, from the checkpoint of stage 2.
 from config.demo_stage2 import *  # noqa: F403
 
 out_dir = 'out/demo_stage3'

@@ -1,5 +1,6 @@
-# Stage 1 by the official recipe: Molmo2-4B's parts, all trained (allenai/molmo2, launch_scripts/pretrain.py, f3cb1085).
-# Not built here yet: the eight crops beside the 378 px view of a picture, prompt templates, dropout on answers alone.
+# Stage 1 by the official recipe, with the parts of Molmo2-4B, all trained (allenai/molmo2,
+# launch_scripts/pretrain.py, f3cb1085). Three things of the recipe are missing: the eight crops of a picture beside
+# its view of 378 pixels, templates for prompts, and dropout that is limited to answers.
 out_dir = 'out/molmo2_stage1'
 recipe = 'molmo2'
 vision = 'google/siglip2-so400m-patch14-384'
@@ -8,8 +9,9 @@ connector = 'molmo2'
 vision_weights = 'weights/siglip2-so400m-patch14-384'
 language_weights = 'weights/Qwen3-4B-Instruct-2507'
 train_vision = True
-train_embedding = False        # the decoder's table, tied to its output, stays as it was
-# A set of points is read in two ways, pointing and counting, and counts twice
+train_embedding = False        # frozen: the token embeddings, and the output, which is tied to them
+# The recipe reads PixMo's points in two ways, for pointing and for counting. As one dataset that is twice as many
+# rows, so its share is larger by the factor sqrt(2).
 mixture = {
     'pixmo-cap': 0.6,
     'pointing': {'rate': 0.3, 'sets': {
@@ -17,16 +19,16 @@ mixture = {
         'pixmo-count': {'size': 36_916, 'factor': 2 ** .5}, 'cosyn-point': {'size': 68_051}}},
     'tulu4-classified': 0.1,
 }
-image_size = 378               # 27 x 27 patches, pooled 2 x 2 with a border: 196 tokens
+image_size = 378               # 27 x 27 patches, pooled 2 x 2 with a margin: 196 visual tokens
 pooling = 2
 video_size = 378
 video_pooling = 3
 point_format = 'molmo2'
-task_weights = {}              # every token counts the same
+task_weights = {}              # every token has the same weight
 seq_len = 2536
 packing = True
-batch_size = 4                 # rows a GPU
-accumulation = 32              # 128 rows a step; on N GPUs 32 / N
+batch_size = 4                 # rows per GPU
+accumulation = 32              # 128 rows per step; on N GPUs set 32 / N
 recompute = 1
 vision_learning_rate = 6e-6
 connector_learning_rate = 2e-4
@@ -35,7 +37,7 @@ vision_warmup_steps = 2000
 connector_warmup_steps = 200
 warmup_steps = 2000
 max_steps = 31000
-schedule = 'cosine'            # to a tenth
+schedule = 'cosine'            # down to a tenth of the peak
 epsilon = 1e-6
 weight_decay = 0.0
 grad_clip = 1.0

@@ -1,7 +1,9 @@
-# Stage 2 by the official recipe: instructions about pictures, videos and tracks, from stage 1's checkpoint
-# (allenai/molmo2, launch_scripts/sft.py, f3cb1085; its 300,000 steps are not meant, the paper has 30,000).
-# Eight groups with rates, divided by their sum of 1.10; inside a group sqrt of the rows. Points, tracks and video
-# captions have a constant weight a token, everything else 2 / sqrt(tokens of the answer) / sqrt(conversations).
+# Stage 2 by the official recipe: instructions about pictures and videos, and tracks, from the checkpoint of stage 1
+# (allenai/molmo2, launch_scripts/sft.py, f3cb1085). That script has 300,000 steps; this config has the paper's
+# 30,000. The rates of the eight groups are divided by their sum, 1.10. Inside a group a dataset's rate is
+# proportional to the square root of its rows. Each token of points, tracks and video captions has a constant loss
+# weight (token_weight). A token of any other answer weighs 2 / sqrt(tokens of the answer) / sqrt(conversations of the
+# record).
 from config.molmo2_stage1 import *  # noqa: F401, F403
 
 out_dir = 'out/molmo2_stage2'
@@ -35,7 +37,8 @@ mixture = {
             'cosyn-document', 'cosyn-math', 'cosyn-music', 'cosyn-table', 'molmo2-syn-multi-image-chart',
             'molmo2-syn-multi-image-chemical', 'molmo2-syn-multi-image-diagram', 'molmo2-syn-multi-image-doc',
             'molmo2-syn-multi-image-music', 'molmo2-syn-multi-image-table'), {})}},
-    # a factor is the share of a kind of track: in full, from one point, first and last moment; fewer of small sets
+    # The factor depends on what is asked for: whole tracks (-track), the first and last moment of each object
+    # (-ground), or the track after a given point (-single-point-track). Small datasets have smaller factors.
     'tracking': {'rate': .15, 'sets': {
         'mevis-track': {'size': 20_000, 'factor': .4, **_point},
         'ref-yt-vos-track': {'size': 11_000, 'factor': .4, **_point},
@@ -60,7 +63,7 @@ mixture = {
             'lasot-single-point-track', 'uwcot-single-point-track', 'webuot-single-point-track',
             'latot-single-point-track', 'tnl2k-single-point-track', 'tnllt-single-point-track'),
             {'factor': .1, **_point})}},
-    # video pointing has .15 in fixed shares
+    # Pointing in videos has the rate .15, which these four datasets share in fixed parts
     'points 0-5': {'rate': .15 * .4, 'sets': {'molmo2-video-point-0-5': {'size': 330_000, **_point}}},
     'points 6-25': {'rate': .15 * .3, 'sets': {'molmo2-video-point-6-25': _point}},
     'points 26-60': {'rate': .15 * .1, 'sets': {'molmo2-video-point-26-60': _point}},
@@ -73,13 +76,13 @@ mixture = {
     'tulu4-classified': .0995,
     'molmo2-hardcodes': .0005,
 }
-max_frames = 128               # of 27 x 27 patches, pooled 3 x 3: 81 tokens each
+max_frames = 128               # each has 27 x 27 patches, pooled 3 x 3: 81 visual tokens
 task_weights = dict.fromkeys(('captioning', 'qa', 'counting', 'pointing', 'tracking', 'text', 'other'), 2.0)
 length_weighting = True
 branch_weighting = True
 seq_len = 16384
-batch_size = 2                 # rows a GPU
-accumulation = 64              # 128 rows a step; on N GPUs 64 / N
+batch_size = 2                 # rows per GPU
+accumulation = 64              # 128 rows per step; on N GPUs set 64 / N
 residual_dropout = 0.1
 vision_learning_rate = 5e-6
 connector_learning_rate = 5e-6

@@ -200,7 +200,7 @@ def kept_by_vision_block(config, size, residual):
 
 def kept_by_layers(a_block, width, residual, layers, recompute):
     """Bytes a token that autograd keeps of all layers. a_block: those of one block; recompute: each
-    so many-th block is checkpointed (model.py, `is_checkpointed`), 0 none.
+    so many-th block is checkpointed (model.py, `is_recomputed`), 0 none.
 
     A checkpointed block keeps only its input. In the backward pass they are computed again one
     after the other, so one of them counts as a whole block, too.
