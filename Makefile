@@ -33,7 +33,7 @@ browser-check: .venv/test
 	$(BIN)/python -m pytest -p no:xdist tests/browser.py
 
 quick: .venv/test
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m quick
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m quick
 
 test-oldest: .venv/oldest/done
 	OMP_NUM_THREADS=1 .venv/oldest/bin/python -m pytest -n 2 --dist worksteal tests/test_cuda.py tests/test_model.py \

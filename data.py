@@ -169,17 +169,17 @@ class Dataset:
 
 
 # --------------------------------------------------------------------------------------------------
-# Points: structured in a record, text in the model's answer. Formatting and parsing are inverse
-# functions.
+# Points: structured in a record, text in the model's answer. parse_points reads what format_points
+# writes, up to rounding; it does not read the label.
 
 def format_points(points, label='', syntax='point', digits=3, tracks=False):
     """Points {x, y in [0, 1], id, and t seconds or image index from 0} as text.
 
     'point'   <point 0.530, 0.210, 1> <point 0.700, 0.250, 2>
-              x, y, id. In front of x stands the second of a point of a video, as in
-              <point 1.5, 0.530, 0.210, 1>, or the number, from 1, of one of several pictures.
+              x, y, id. In front of x stands, in a video, the time in seconds, as in
+              <point 1.5, 0.530, 0.210, 1>; with several pictures, the picture's number from 1.
     'molmo2'  <points coords="1 1 530 210 2 700 250">label</points>
-              The number of the picture (or the second), then id x y for each point. x and y are in
+              The number of the picture (or the time in seconds), then id x y for each point. x and y are in
               thousandths; points are sorted by (x, y) and numbered anew. <tracks ...> is the same
               and keeps ids. (allenai/molmo2 preprocessing/point_formatter.py, html-v2)
     """
@@ -206,7 +206,7 @@ def _format_plain(points, digits):
 
 
 def _format_molmo2(points, label, tracks):
-    frames = {}                      # second, or number of the picture, as text -> [(x, y, id), ..]
+    frames = {}           # time in seconds, or number of the picture, as text -> [(x, y, id), ..]
     for p in points:
         frame = str(p.get('image', 0) + 1)
         if 't' in p:
@@ -240,7 +240,7 @@ def parse_points(text):
     for numbers, id in _POINT.findall(text):
         *first, x, y = numbers.rstrip(', ').split(', ')
         point = {'x': float(x), 'y': float(y), 'id': int(id)}
-        # In front of x may stand a second or the number of a picture; only a second has a decimal
+        # In front of x may stand a time or the number of a picture; only a time has a decimal point
         if first and '.' in first[0]:
             point['t'] = float(first[0])
         elif first:
@@ -252,9 +252,9 @@ def parse_points(text):
 
 
 def _parse_coords(coords):
-    """The points of molmo2's coords attribute: frames separated by ; : , or tabs, each a second or
-    the number of a picture, and then id x y of each point."""
-    frames = []                              # (second or number of the picture, the rest) as text
+    """The points of molmo2's coords attribute: frames separated by ; : , or tabs, each a time in
+    seconds or the number of a picture, and then id x y of each point."""
+    frames = []                              # (time or number of the picture, the rest) as text
     for text in re.split(r'[\t:,;]', coords):
         match = re.match(r'\s*([0-9.]+)\s+(.*)', text)
         if match:
@@ -355,7 +355,7 @@ class Processor:
     video_pooling = 0              # patches a side that a visual token of a frame pools; 0: pooling
     max_frames = 128               # of a video
     fps = 2.0                      # frames a second, up to max_frames a clip
-    resize = 'stretch'             # stretch | crop (CLIP's own: the centre square)
+    resize = 'stretch'             # stretch | crop (CLIP's own: the centre square); a checkpoint's
     image_token = '<|image_pad|>'
     point_format = 'point'         # point | molmo2
     point_digits = 3
@@ -431,8 +431,8 @@ class Processor:
             self.vision_end.append(id_of('<|vision_end|>'))
         self.pad = id_of('<|endoftext|>') or 0
         self.newline = self.encode('\n')
-        # What stands between a question and an answer that is read and not learnt. It has a name of
-        # its own because Molmo2's template has something else there (extra/molmo2.py).
+        # The separator before an answer that is part of a prompt (the history of a chat). Molmo2's
+        # template has another one there (extra/molmo2.py).
         self.separator_before_past_answer = self.newline
         # For short texts that come often, as questions and times do
         self.encode_cached = lru_cache(2 ** 14)(self.encode)
@@ -654,30 +654,33 @@ class Processor:
                 answers.append((start, len(tokens)))
         return Dialogue(tokens, answers, task)
 
-    def answer_weight(self, task, answer_tokens, conversations, loss_weight=1., token_weight=None):
+    def is_learnt(self, dialogue):
+        """Has a conversation an answer whose task has a weight?"""
+        return bool(dialogue.answers) and self.task_weights.get(dialogue.task, 1.) != 0
+
+    def answer_weight(self, task, num_tokens, num_conversations, loss_weight=1., token_weight=None):
         """The loss weight of each token of an answer; this is the only place where it is decided.
         The loss of a step is then the weighted mean over all its tokens (train.py,
         `forward_backward`).
 
             task_weights[task]        because a token of a pointing answer says more than one of a
                                       caption
-            / sqrt(answer_tokens)     with length_weighting, so that long answers do not drown short
-                                      ones
-            / sqrt(conversations)     of the record, with branch_weighting, so that pictures with
-                                      many questions do not drown the others
+            / sqrt(num_tokens)        of the answer, with length_weighting, so that long answers do
+                                      not drown short ones
+            / sqrt(num_conversations) of the record that fit, with branch_weighting, so that
+                                      pictures with many questions do not drown the others
             * loss_weight             of the data set (Dataset)
 
-        A token_weight of the data set replaces all of this, unless the task's weight is 0.
+        A token_weight of the data set replaces all of this. Conversations of a task whose weight is 0
+        do not come here, because `example` leaves them out (`is_learnt`).
         """
         weight = self.task_weights.get(task, 1.)
-        if weight == 0:                      # the task is not to be learnt
-            return 0.
         if token_weight is not None:
             return token_weight
         if self.length_weighting:
-            weight = weight / answer_tokens ** .5
+            weight = weight / num_tokens ** .5
         if self.branch_weighting:
-            weight = weight / conversations ** .5
+            weight = weight / num_conversations ** .5
         return weight * loss_weight
 
     def add_dialogues(self, e, dialogues, loss_weight=1., token_weight=None):
@@ -701,9 +704,11 @@ class Processor:
         is room for.
         """
         dialogues = [self.tokenize_dialogue(c) for c in record['conversations']]
+        if not any(self.is_learnt(dialogue) for dialogue in dialogues):
+            raise BadRow('no loss', "all tasks of this record have the weight 0 in task_weights")
         lengths = [len(dialogue.tokens) for dialogue in dialogues]
-        # The room that frames must leave: all of the text or a quarter of the row, whichever is
-        # less, but never less than the shortest conversation
+        # Frames must leave room for all of the text or for a quarter of the row, whichever is less,
+        # but always for the shortest conversation
         room_for_text = min(sum(lengths), self.seq_len // 4)
         room_for_text = max(room_for_text, min(lengths))
         media = self.media(record, folder, self.seq_len - room_for_text)
@@ -718,9 +723,8 @@ class Processor:
         fitting = []
         room = self.seq_len - prefix
         for dialogue in dialogues:
-            # A conversation without loss would only take room
-            is_learnt = dialogue.answers and self.task_weights.get(dialogue.task, 1.) != 0
-            if is_learnt and len(dialogue.tokens) <= room:
+            # A conversation that is not learnt would only take room
+            if self.is_learnt(dialogue) and len(dialogue.tokens) <= room:
                 fitting.append(dialogue)
                 room -= len(dialogue.tokens)
         if not fitting:
@@ -802,7 +806,8 @@ def collate(rows, processor, length=0):
             start = end
     loss_index = np.flatnonzero(weights)                 # [N]
     is_token = documents >= 0                            # [B, L]
-    # A token at position p attends to p + 1 tokens, in a tree as in a plain row
+    # A token at position p attends to p + 1 tokens, in a tree as in a plain row. (Visual tokens of the
+    # molmo2 recipe attend to a few more, which are not counted.)
     attended = positions + 1
     has_no_tree = int(branches.max()) <= 1
     has_no_packing = int(documents.max()) <= 0
@@ -861,7 +866,8 @@ PACKING_POOL = 48           # examples to choose a row from; more gains nothing 
 def best_fit(lengths, room):
     """Packing: the indices, ascending, of the examples that fill a row of `room` tokens best.
 
-    The first example is always taken, because it has waited longest. Of the others those are taken
+    The first example is always taken, because it has waited longest. (No example is longer than a
+    row, see Processor.example.) Of the others those are taken
     whose lengths add up to most within the room that is left. The search is exact: bit s of
     reach[n] says whether some of the first n others have the total length s. With lengths
     [3, 4, 2, 5] and room 11, the first example leaves room 8:
@@ -1045,10 +1051,10 @@ class Mixture:
         generator = np.random.Generator(np.random.Philox(key=self.seed, counter=number << 64))
         return np.searchsorted(self.edges, generator.random(self.BLOCK), side='right')
 
-    def _row(self, d, times):
-        """The row of data set d that a draw takes after `times` earlier draws of that data set."""
+    def _row(self, d, drawn_before):
+        """The row of data set d that a draw takes after `drawn_before` earlier draws of it."""
         dataset = self.datasets[d]
-        epoch, i = divmod(times, len(dataset))
+        epoch, i = divmod(drawn_before, len(dataset))
         i = permute(i, len(dataset), f'{self.seed}/{d}/{epoch}')
         if dataset.cap:
             # i is one of the first `cap` numbers; a second permutation, which is the same in every
@@ -1158,6 +1164,8 @@ class Loader:
         self.state = {'draw': rank, 'pool': [], 'seen': 0, 'skipped': {}}
         self.state.update(state or {})
         self.state['skipped'] = dict(self.state['skipped'])      # a copy, because it is counted up
+        self.unread = []         # draws of the saved pool that are not read again yet; they belong to
+        #                          the state all the same
 
     def __iter__(self):
         """Yields (Batch, the state with which a new Loader continues after it)."""
@@ -1165,16 +1173,16 @@ class Loader:
         pool = []                            # (draw, Example) pairs that wait, oldest first
         while True:
             rows = []
-            names = []                       # (data set, row) of each example, for messages
+            sources = []                     # (data set, row) of each example, for messages
             while len(rows) < self.batch_size:
                 if self.packed:
                     row = next_row(pool, examples, self.length, self._num_tokens)
                 else:
                     row = [next(examples)]
                 rows.append([example for _, example in row])
-                names += [self._name(draw) for draw, _ in row]
+                sources += [self._source(draw) for draw, _ in row]
             batch = collate(rows, self.examples.processor, self.length)
-            batch.sources = names
+            batch.sources = sources
             self.state['pool'] = [list(draw) for draw, _ in pool] + self.unread
             # Copies, because self.state goes on changing while this state waits to be saved
             yield batch, {**self.state, 'skipped': dict(self.state['skipped'])}
@@ -1184,14 +1192,13 @@ class Loader:
         _, example = drawn
         return len(example.tokens)
 
-    def _name(self, draw):
+    def _source(self, draw):
         _, d, row = draw
         return self.examples.mixture.datasets[d].name, row
 
     def _read_examples(self):
         """Yields (draw, Example): first those that waited in the pool when the state was saved,
-        then those of new draws. It keeps self.state up to date, and in self.unread those draws of
-        the saved pool that it has not come to yet."""
+        then those of new draws. It keeps self.state and self.unread up to date."""
         waiting = self.state['pool']
         new_draws = self.examples.mixture.draws(self.state['draw'], self.stride)
         draws = itertools.chain(map(tuple, waiting), new_draws)

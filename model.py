@@ -104,7 +104,7 @@ def _qwen3(hidden, mlp, layers, heads, tied=True, theta=1e6, positions=40960):
 VISION = {                                 #            width   mlp  layers heads image patch
     'openai/clip-vit-large-patch14-336': _clip(          1024, 4096, 24, 16, 336, 14),
     'openai/clip-vit-large-patch14': _clip(              1024, 4096, 24, 16, 224, 14),
-    'google/siglip2-so400m-patch14-384': _siglip2(       1152, 4304, 27, 16, 378),
+    'google/siglip2-so400m-patch14-384': _siglip2(       1152, 4304, 27, 16, 378),   # 27 patches of 14
 }
 LANGUAGE = {                               #            width   mlp  layers heads
     'Qwen/Qwen3-0.6B': _qwen3(                           1024, 3072, 28, 16),
@@ -131,7 +131,8 @@ class Config:
         VLM.embed         visual tokens replace placeholders    visual tokens are added to them
         mask_rule         tokens attend to earlier tokens       visual tokens to one another, too
 
-    What follows from the last one stands in choose_attention and VLM.make_mask. The connector is a
+    Because of its mask molmo2 takes neither 'causal' nor 'pieces' (choose_attention), and
+    VLM.make_mask looks for the visual tokens. The connector is a
     choice of its own, although released Molmo2 models have the one of that name.
     """
     vision: VisionConfig
@@ -202,7 +203,7 @@ def attention(query, key, value, mask):
     if isinstance(mask, BlockMask):
         from extra.kernels import flex                   # FlexAttention, compiled
         return flex(query, key, value, mask)
-    is_causal = isinstance(mask, str)
+    is_causal = isinstance(mask, str)        # 'causal', the only word
     dense = None if is_causal else mask
     is_grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=dense, is_causal=is_causal, enable_gqa=is_grouped)
@@ -471,8 +472,8 @@ class RMSNorm(nn.Module):
             from extra.kernels import RMSNormCPU         # the same in half the passes over memory
             x = RMSNormCPU.apply(x, self.weight, self.eps)
         else:
-            # Without autocast, because torch 2.13's would cast queries and keys to float32 here and
-            # keep the copies
+            # Without autocast, because that of torch 2.13 would cast queries and keys to float32
+            # here and keep the copies
             with torch.autocast(autocast_device(x), enabled=False):
                 x = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         return x.to(compute_dtype(x))     # cast once, because several linear layers read the result
@@ -616,9 +617,9 @@ class Batch:
     causal: bool = False               # each row is one document with at most one branch, so plain
     #                                    causal attention will do
     # -- what is learnt; a prompt needs none of it
-    targets: torch.Tensor = None       # [B, L] int64: the token after each; where that belongs to
-    #                                    another branch or document, the weight is 0
-    loss_weights: torch.Tensor = None  # [B, L] float32: what predicting it weighs in the loss
+    targets: torch.Tensor = None       # [B, L] int64: the next token of the row, to be predicted
+    loss_weights: torch.Tensor = None  # [B, L] float32: what that prediction weighs in the loss; 0
+    #                                    where the next token is of another branch or document
     loss_index: torch.Tensor = None    # [N] int64: where loss_weights is not 0, in the flat B x L
     loss_tasks: torch.Tensor = None    # [N] int64: the task of each, an index into data.TASKS
     # -- crops of pictures and of videos' frames; None where a batch has none
@@ -697,8 +698,8 @@ def choose_attention(recipe, device, causal, fast=True):
     object made there computes it in its method `attend`.
 
     causal    SDPA's own causal mask, because rows of one conversation need no other
-    dense     SDPA with `dense_mask`: the plain form, always taken without `fast`, and what is left
-              where nothing faster is known
+    dense     SDPA with `dense_mask`: the plain form, taken without `fast` wherever 'causal' will not
+              do, and what is left where nothing faster is known
     pieces    PackedTreeAttention: on a CPU a dense mask skips no work, so a row is cut into small
               dense pieces
     flex      FlexAttention: on CUDA the dense mask of a long row would be gigabytes, so the rule

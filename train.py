@@ -118,7 +118,8 @@ dry_run = False                # print the plan and stop
 
 if __name__ == '__main__':
     from configurator import configure
-    # Before torch loads, so that a typo is answered at once. Imported, this file has the defaults.
+    # Before torch loads, so that a typo is answered at once. When this file is imported, its globals
+    # are the defaults, and who calls its functions sets `settings` (bench.py, tests).
     settings = configure(globals())
 
 remote = out_dir if '://' in out_dir else ''
@@ -134,6 +135,7 @@ from configurator import UserError  # noqa: E402
 from data import TASKS, Dataset, Loader, Mixture, Processor, open_mixture, processor_settings  # noqa: E402
 from extra.hf import (from_hf, is_released, load_processor, load_weights, newest, saved_settings)  # noqa: E402
 from model import VLM, full_tensor, make_config, pick_device, pick_dtype, read_json  # noqa: E402
+# rank and world_size come from torchrun's environment, so they are right before `start` joins the ranks
 from parallel import (Watchdog, cp_batches, from_rank_0, gather_objects, local_world_size, make_cp_group, rank,  # noqa: E402
                       shard, split_batch, start, sum_numbers, sum_over_ranks, world_size)
 
@@ -513,7 +515,7 @@ def validation_loss(model, held_out, processor, dev, autocast, cp_group):
     total, weight = 0., 0.
     sums = torch.zeros(2, len(TASKS))
     for batch, _ in itertools.islice(make_loader(held_out, processor), eval_batches):
-        if cp > 1:
+        if cp > 1:                           # here each rank reads the whole rows itself: they are few
             batch = split_batch(batch, rank % cp, cp)
         batch = batch.to(dev)
         with autocast:
@@ -536,7 +538,7 @@ def score_answers(model, held_out, processor, autocast):
     model.eval()
     with autocast, uncompiled(model):        # each prompt has a length of its own
         rows, _, _ = evaluate(model, processor, held_out.datasets, eval_answers)
-    unfuse_linears(model)                    # generation joins matrices that training knows apart
+    unfuse_linears(model)                    # generation fuses q, k, v into one matrix; training wants three
     model.train()
     return summarise(rows)
 
@@ -677,7 +679,7 @@ class Monitor:
             loss_tokens=sum(len(micro.loss_index) for micro in micro_batches),
             visual_tokens=sum(len(index) for index in visual),
             flops=sum(self.flops(self.model, micro) for micro in micro_batches),
-            skipped=sum(skip_counts.values()) / cp,
+            skipped=sum(skip_counts.values()) / cp,      # ranks that share rows have the same count
             stop=len(self.signals))
 
     def report(self):
@@ -785,7 +787,8 @@ def main():
     print_plan(model, settings, dev, compute_dtype, checkpoint, world_size, local_world_size)
     model.train()
     optimizers = make_optimizers(model)
-    step, loader_state, scale_state = 0, None, [2. ** 12, 0.]
+    step, loader_state = 0, None
+    scale_state = [2. ** 12, 0.]             # of float16: a few overflows lower it to what fits
     if checkpoint:
         step, loader_state, scale_state = load_state(checkpoint, model, optimizers, train_mixture, settings, dev)
     scale_state = torch.tensor(scale_state, device=dev)

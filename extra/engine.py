@@ -118,6 +118,7 @@ def prompt_indices(document_ids, branch_ids):
     So the last column holds the tokens that the answers follow.
     """
     L = document_ids.shape[1]
+    # The ids of the token that follows; none follows the last one of a row, hence -1
     next_document = F.pad(document_ids[:, 1:], (0, 1), value=-1)
     next_branch = F.pad(branch_ids[:, 1:], (0, 1), value=-1)
     ends_document = document_ids != next_document
@@ -187,7 +188,10 @@ def fused_rms_norm(eps, weight):
     """RMSNorm without gradients: a function x -> x / sqrt(mean(x^2) + eps) * weight over the last
     dimension, in few operations. weight [width], or [heads, width] for a weight of each head."""
     if weight.is_cuda:
-        return lambda x: F.rms_norm(x, x.shape[-1:], eps=eps).mul_(weight)
+        def norm_on_cuda(x):
+            x = F.rms_norm(x, x.shape[-1:], eps=eps)
+            return x.mul_(weight)
+        return norm_on_cuda
     # On a CPU the same value in half the operations. With mean(x^2) = |x|^2 / width it is
     #     x / sqrt(|x|^2 + width * eps) * (weight * sqrt(width))
     # whose constants are computed here, once. hypot(a, b) is sqrt(a^2 + b^2).
@@ -399,7 +403,8 @@ def generate(model, batch, max_new_tokens, temperature=0., top_k=0, top_p=1.,
         # The new tokens attend to all of the cache but the padding in front of shorter prompts
         shape = (answers, 1, length + max_new_tokens)
         bias = torch.zeros(shape, dtype=hidden.dtype, device=device)
-        bias[..., :length].masked_fill_(is_padding[:, None], -torch.inf)
+        of_prompt = bias[..., :length]                   # [answers, 1, S], a view
+        of_prompt.masked_fill_(is_padding[:, None], -torch.inf)
     # The positions of an answer go on from the last one of its prompt
     last_position = batch.position_ids.flatten()[ends]
     steps = torch.arange(1, max_new_tokens + 1, device=device)

@@ -1,5 +1,5 @@
 """Prints, after the tests, how far the logits (hidden states for a tower alone) are from those of
-transformers. Knows the marker `quick`: pytest -q -m quick runs what one runs while editing."""
+transformers. Marks whole files as quick (make quick)."""
 import sys
 
 import pytest
@@ -10,10 +10,6 @@ settings.register_profile('long', max_examples=5000)
 
 QUICK_FILES = ('test_configurator.py',)    # all of their tests are quick
 parity = {}
-
-
-def pytest_configure(config):
-    config.addinivalue_line('markers', 'quick: under 20 seconds all together, to run while editing')
 
 
 def pytest_collection_modifyitems(items):

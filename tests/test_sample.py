@@ -25,16 +25,18 @@ from media import load_video  # noqa: E402
 def checkpoint(tmp_path_factory):
     """An untrained model in the llava layout, with the tokenizer of the shapes world."""
     out = tmp_path_factory.mktemp('sample')
-    subprocess.run([sys.executable, ROOT / 'prepare/shapes.py', '--out', out, '--num', '10', '--num_clocks', '5',
-                    '--num_text', '5', '--num_clips', '8', '--num_validation', '5', '--workers', '1'], check=True, capture_output=True)
+    subprocess.run([sys.executable, ROOT / 'prepare/shapes.py', '--out', out, '--num', '10',
+                    '--num_clocks', '5', '--num_text', '5', '--num_clips', '8',
+                    '--num_validation', '5', '--workers', '1'], check=True, capture_output=True)
     processor = data.Processor(out / 'shapes', 32, 8, 1, 512, point_digits=2)
-    vlm = m.VLM(m.make_config(dict(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, image_size=32,
-                                   patch_size=8, feature_layers=(-1,)),
-                              dict(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=1,
-                                   head_dim=16, vocab_size=processor.tokenizer.get_vocab_size()),
-                              pooling=1, **processor.token_ids()))
+    vision = dict(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, image_size=32,
+                  patch_size=8, feature_layers=(-1,))
+    language = dict(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=1,
+                    head_dim=16, vocab_size=processor.tokenizer.get_vocab_size())
+    vlm = m.VLM(m.make_config(vision, language, pooling=1, **processor.token_ids()))
     vlm.init_weights()
-    torch.nn.init.normal_(vlm.language_model.layers[0].mlp.down_proj.weight,   # small weights repeat the last token
+    # With small weights a model repeats the last token
+    torch.nn.init.normal_(vlm.language_model.layers[0].mlp.down_proj.weight,
                           generator=torch.Generator().manual_seed(4))
     save_model(vlm, out / 'checkpoint')
     processor.save(out / 'checkpoint')
@@ -43,181 +45,258 @@ def checkpoint(tmp_path_factory):
     return out / 'checkpoint'
 
 
-def run(*args, cwd=None):
-    return subprocess.run([sys.executable, str(ROOT / 'sample.py'), *map(str, args), '--threads=1'], cwd=cwd,
-                          capture_output=True, text=True)
+def run(*flags, **rest):
+    """sample.py in a process of its own."""
+    command = [sys.executable, str(ROOT / 'sample.py'), '--threads=1', *flags]
+    return subprocess.run(command, capture_output=True, text=True, **rest)
 
 
 @pytest.fixture
 def ask(checkpoint, monkeypatch, capsys):
-    """sample.py with settings, without a process of its own -> what it prints."""
+    """ask(setting=value, ..): what sample.py prints, in this process."""
     monkeypatch.chdir(checkpoint.parent)
 
-    def said(**settings):
+    def printed(**settings):
+        settings = {'checkpoint': str(checkpoint), 'max_new_tokens': 6, **settings}
         with monkeypatch.context() as patch:
-            for name, value in {'checkpoint': str(checkpoint), 'max_new_tokens': 6, **settings}.items():
+            for name, value in settings.items():
                 patch.setattr(sample, name, value)
             sample.main()
         return capsys.readouterr().out
-    return said
+    return printed
 
 
 @pytest.mark.parametrize('images', [[], ['a.png'], ['a.png', 'b.png']])
-def test_none_one_and_two_pictures(ask, images):
+def test_sample_with_pictures_and_seeds_is_deterministic(ask, images):
     how = dict(prompt='What is <|image_pad|> here?', image=','.join(images))
-    one, two = ask(**how), ask(**how)
-    assert one == two and one.strip()
-    hot = [ask(**how, temperature=2., seed=s) for s in (1, 1, 2)]
-    assert hot[0] == hot[1] != hot[2]
+    one = ask(**how)
+    assert one == ask(**how)
+    assert one.strip()
+    hot = ask(**how, temperature=2., seed=1)
+    assert hot == ask(**how, temperature=2., seed=1)
+    assert hot != ask(**how, temperature=2., seed=2)
+
+
+@pytest.fixture
+def processor(checkpoint):
+    return data.Processor(checkpoint.parent / 'shapes', 32, 8, 1)
 
 
 def scripted(monkeypatch, processor, answer):
-    """A model that says `answer`."""
+    """Makes every model say `answer`."""
     ids = processor.encode(answer) + [processor.im_end]
-    monkeypatch.setattr(sample, 'generate', lambda self, batch, *_, **how: iter(torch.tensor([[i] for i in ids])))
+
+    def generate(*_, **__):
+        for i in ids:
+            yield torch.tensor([i])
+    monkeypatch.setattr(sample, 'generate', generate)
 
 
-def test_points_are_printed_and_drawn(checkpoint, monkeypatch, capsys, tmp_path):
-    scripted(monkeypatch, data.Processor(checkpoint.parent / 'shapes', 32, 8, 1), '<point 0.25, 0.50, 1> <point 0.95, 0.50, 2>')
-    for name, value in dict(checkpoint=str(checkpoint), image=str(checkpoint.parent / 'a.png'), prompt='Point.',
-                            out_dir=str(tmp_path)).items():
-        monkeypatch.setattr(sample, name, value)
-    sample.main()
-    printed = capsys.readouterr().out
-    assert 'a.png: 1 at (0.250, 0.500), pixel (30, 30)' in printed and 'a.points.png' in printed
+def test_sample_prints_and_draws_points(ask, processor, monkeypatch, tmp_path):
+    scripted(monkeypatch, processor, '<point 0.25, 0.50, 1> <point 0.95, 0.50, 2>')
+    printed = ask(image='a.png', prompt='Point.', out_dir=str(tmp_path))
+    assert 'a.png: 1 at (0.250, 0.500), pixel (30, 30)' in printed
+    assert 'a.points.png' in printed
     drawn = Image.open(tmp_path / 'a.points.png')
-    assert drawn.size == (360, 180) and drawn.getpixel((90, 90)) == drawn.getpixel((342, 90)) == (255, 0, 255)
+    assert drawn.size == (360, 180)
+    assert drawn.getpixel((90, 90)) == drawn.getpixel((342, 90)) == (255, 0, 255)
     assert drawn.getpixel((60, 5)) == (255, 0, 0)
 
 
-def test_points_go_to_their_picture(checkpoint, monkeypatch, tmp_path):
-    scripted(monkeypatch, data.Processor(checkpoint.parent / 'shapes', 32, 8, 1), '<point 2, 0.25, 0.50, 1>')
-    files = [str(checkpoint.parent / f'{n}.png') for n in 'ab']
-    for name, value in dict(checkpoint=str(checkpoint), image=','.join(files), prompt='Point.', out_dir=str(tmp_path)).items():
-        monkeypatch.setattr(sample, name, value)
-    sample.main()
+def test_sample_draws_points_on_their_picture(ask, processor, monkeypatch, tmp_path):
+    scripted(monkeypatch, processor, '<point 2, 0.25, 0.50, 1>')
+    ask(image='a.png,b.png', prompt='Point.', out_dir=str(tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ['b.points.png']
 
 
-def test_a_video_with_subtitles(checkpoint, ask):
+def test_sample_video_with_subtitles(checkpoint, ask):
     media = checkpoint.parent / 'clips' / 'media'
     (media / 'a.srt').write_text('00:00:00,000 --> 00:00:01,000\nHello\n')
     how = dict(video=str(media / 'train-000000.mp4'), subtitles='a.srt', prompt='What?')
-    assert ask(**how) == ask(**how) and ask(**how, end=1.).strip()
+    assert ask(**how) == ask(**how)
+    assert ask(**how, end=1.).strip()
 
 
-def test_a_track_is_printed_and_drawn(checkpoint, monkeypatch, capsys, tmp_path):
-    scripted(monkeypatch, data.Processor(checkpoint.parent / 'shapes', 32, 8, 1), '<point 0.0, 0.25, 0.50, 1> <point 1.0, 0.75, 0.50, 1>')
+def frames_of(path):
+    _, frames = load_video(open(path, 'rb'), 1000, 4.)
+    return frames
+
+
+def test_sample_prints_and_draws_tracks(ask, processor, checkpoint, monkeypatch, tmp_path):
+    scripted(monkeypatch, processor, '<point 0.0, 0.25, 0.50, 1> <point 1.0, 0.75, 0.50, 1>')
     clip = checkpoint.parent / 'clips' / 'media' / 'train-000000.mp4'
-    for name, value in dict(checkpoint=str(checkpoint), video=str(clip), prompt='Track.', out_dir=str(tmp_path)).items():
-        monkeypatch.setattr(sample, name, value)
-    sample.main()
-    assert '1 at 1.0 s (0.750, 0.500)' in capsys.readouterr().out
-    before, after = (load_video(open(path, 'rb'), 1000, 4.)[1] for path in (clip, tmp_path / 'train-000000.points.mp4'))
+    printed = ask(video=str(clip), prompt='Track.', out_dir=str(tmp_path))
+    assert '1 at 1.0 s (0.750, 0.500)' in printed
+    before = frames_of(clip)
+    after = frames_of(tmp_path / 'train-000000.points.mp4')
     assert len(before) == len(after)
-    for frame, old, x in ((0, before[0], .25), (2, before[2], .5), (4, before[4], .75)):
-        at = (int(x * old.width), old.height // 2)
-        assert after[frame].getpixel(at)[0] > 180 and after[frame].getpixel(at)[1] < 100       # magenta, on its way
-    assert np.abs(np.asarray(after[-1], int) - np.asarray(before[-1], int)).mean() < 6
+    for frame, x in ((0, .25), (2, .5), (4, .75)):         # the point is on its way to the right
+        width, height = before[frame].size
+        red, green, _ = after[frame].getpixel((int(x * width), height // 2))
+        assert red > 180
+        assert green < 100                 # magenta
+    difference = np.asarray(after[-1], int) - np.asarray(before[-1], int)
+    assert np.abs(difference).mean() < 6
 
 
-def test_letters_stream_whole(checkpoint, monkeypatch):
-    processor = data.Processor(checkpoint.parent / 'shapes', 32, 8, 1)
+def test_chat_streams_whole_letters(checkpoint, processor, monkeypatch):
     scripted(monkeypatch, processor, 'naïve 猫 🐱')
     pieces = list(sample.Chat(load_model(checkpoint), processor).ask('Hello?'))
-    assert ''.join(pieces) == 'naïve 猫 🐱' and len(pieces) > 4 and not any('\ufffd' in p for p in pieces)
+    assert ''.join(pieces) == 'naïve 猫 🐱'
+    assert len(pieces) > 4
+    assert not any('\ufffd' in piece for piece in pieces)
 
 
-def test_a_conversation_is_encoded_once(checkpoint, monkeypatch):
-    """Turn after turn the answers are those of everything encoded anew, and no token is encoded twice but those at the
-    seams; a picture that joins is seen with all before it."""
+def test_chat_cache_encodes_each_token_once(checkpoint, monkeypatch):
+    """In every turn the answer is that of a chat that encodes everything anew, but fewer tokens are
+    encoded. When a picture joins, all before it is encoded again."""
     model, processor, _ = load_checkpoint(checkpoint)
     monkeypatch.setattr(sample, 'max_new_tokens', 12)
-    encoded, forward = [], m.Decoder.forward
-    monkeypatch.setattr(m.Decoder, 'forward', lambda self, x, *a, **k: encoded.append(x.shape[1]) or forward(self, x, *a, **k))
-    chat, fresh = (sample.Chat(model, processor, repetition_penalty=1.3) for _ in range(2))
-    sizes = []
-    for turn, text in enumerate(('What is this?', 'And the colour?', 'Now?', 'Are you sure?')):
-        for c in (chat, fresh):
-            if turn in (0, 2):
-                c.show(images=[Image.new('RGB', (40, 30), ('red', '', 'blue')[turn])])
-        encoded.clear()
-        said = ''.join(chat.ask(text))
-        sizes.append(encoded[0])
-        fresh.cached_tokens = []                      # nothing to go on from
-        encoded.clear()
-        assert said == ''.join(fresh.ask(text)) and said and chat.messages == fresh.messages
-        assert turn in (0, 2) and sizes[-1] == encoded[0] or turn in (1, 3) and sizes[-1] < encoded[0] / 2
+    num_encoded = []                       # tokens of each call of the decoder
+    forward = m.Decoder.forward
+
+    def counted(self, x, *args, **rest):
+        num_encoded.append(x.shape[1])
+        return forward(self, x, *args, **rest)
+    monkeypatch.setattr(m.Decoder, 'forward', counted)
+
+    def ask(chat, text):
+        """(answer, number of tokens that were encoded of the prompt)."""
+        num_encoded.clear()
+        return ''.join(chat.ask(text)), num_encoded[0]
+
+    chat = sample.Chat(model, processor, repetition_penalty=1.3)
+    fresh = sample.Chat(model, processor, repetition_penalty=1.3)
+    turns = [
+        ('What is this?', 'red'),
+        ('And the colour?', ''),
+        ('Now?', 'blue'),
+        ('Are you sure?', ''),
+    ]
+    for text, new_picture in turns:
+        if new_picture:
+            chat.show(images=[Image.new('RGB', (40, 30), new_picture)])
+            fresh.show(images=[Image.new('RGB', (40, 30), new_picture)])
+        answer, encoded = ask(chat, text)
+        fresh.cached_tokens = []           # nothing to go on from
+        expected, encoded_anew = ask(fresh, text)
+        assert answer == expected
+        assert answer
+        assert chat.messages == fresh.messages
+        if new_picture:
+            assert encoded == encoded_anew
+        else:
+            assert encoded < encoded_anew / 2
     assert len(chat.media['images']) == 2
     chat.new()
-    assert not chat.messages and not chat.media
+    assert not chat.messages
+    assert not chat.media
 
 
-def test_chat_and_json_on_the_command_line(checkpoint):
-    done = subprocess.run([sys.executable, ROOT / 'sample.py', f'--checkpoint={checkpoint}', '--chat=True', '--max_new_tokens=3', '--threads=1'],
-                          input='Hi\n/image a.png b.png\nWhat?\n/image gone.png\n/video a.png\n/what\n/new\n\nHi\n/quit\nnot read\n', capture_output=True,
-                          text=True, cwd=checkpoint.parent)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    assert 'error: gone.png: No such file' in done.stdout and '/quit' in done.stdout and done.stdout.count('> ') >= 8
-    one = run(f'--checkpoint={checkpoint}', '--prompt=Hi', '--max_new_tokens=3', '--json_output=True')
-    assert sorted(json.loads(one.stdout)) == ['answer', 'points'], one.stdout
+def test_sample_script_chat_and_json_output(checkpoint):
+    lines = ['Hi', '/image a.png b.png', 'What?', '/image gone.png', '/video a.png', '/what',
+             '/new', '', 'Hi', '/quit', 'not read', '']
+    done = run(f'--checkpoint={checkpoint}', '--chat=True', '--max_new_tokens=3',
+               input='\n'.join(lines), cwd=checkpoint.parent)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    assert 'error: gone.png: No such file' in done.stdout
+    assert '/quit' in done.stdout
+    assert done.stdout.count('> ') >= 8
+    done = run(f'--checkpoint={checkpoint}', '--prompt=Hi', '--max_new_tokens=3',
+               '--json_output=True')
+    assert sorted(json.loads(done.stdout)) == ['answer', 'points'], done.stdout
 
 
 @pytest.fixture
 def page(checkpoint, monkeypatch):
-    """The address of a page whose model says three points in four pieces or more."""
+    """(address, Chat) of a page whose model says two points in five pieces or more."""
     model, processor, _ = load_checkpoint(checkpoint)
     scripted(monkeypatch, processor, 'There: <point 0.25, 0.50, 1> <point 0.75, 0.50, 2>')
-    talking = sample.Chat(model, processor)
-    with serve.server(talking, sample.load_media, 0) as running:
+    chat = sample.Chat(model, processor)
+    with serve.server(chat, sample.load_media, 0) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f'localhost:{running.server_address[1]}', talking
+        yield f'localhost:{running.server_address[1]}', chat
         running.shutdown()
 
 
-def asked(page, path, body=b'', **headers):
-    connection = http.client.HTTPConnection(page)
-    connection.request('POST' if path != '/' else 'GET', path, body, headers)
-    answer = connection.getresponse()
-    return answer.status, answer.read().decode()
+def request(address, path, body=b'', **headers):
+    """(status, text) of the server's response."""
+    connection = http.client.HTTPConnection(address)
+    method = 'GET' if path == '/' else 'POST'
+    connection.request(method, path, body, headers)
+    response = connection.getresponse()
+    return response.status, response.read().decode()
 
 
-def test_the_page(page, checkpoint):
+def test_serve_page_requests(page, checkpoint):
     """What the page's script does, without a browser; `make browser-check` has one."""
-    page, talking = page
-    assert asked(page, '/')[1].startswith('<!doctype html>')
-    status, told = asked(page, '/show?name=a.png', (checkpoint.parent / 'a.png').read_bytes())
-    assert (status, json.loads(told)) == (200, {'kind': 'image'})
-    events = [json.loads(line) for line in asked(page, '/ask', 'Where?'.encode())[1].splitlines()]
-    assert ''.join(e['text'] for e in events) == 'There: <point 0.25, 0.50, 1> <point 0.75, 0.50, 2>' and len(events) > 4
-    assert [len(e['points']) for e in events if 'points' in e] == [1, 2] and events[-1]['points'][1]['x'] == .75
-    assert [m['role'] for m in talking.messages] == ['user', 'assistant'] and len(talking.media['images']) == 1
+    address, chat = page
+    _, text = request(address, '/')
+    assert text.startswith('<!doctype html>')
+
+    picture = (checkpoint.parent / 'a.png').read_bytes()
+    status, text = request(address, '/show?name=a.png', picture)
+    assert status == 200
+    assert json.loads(text) == {'kind': 'image'}
+
+    _, text = request(address, '/ask', b'Where?')
+    events = [json.loads(line) for line in text.splitlines()]
+    answer = ''.join(event['text'] for event in events)
+    assert answer == 'There: <point 0.25, 0.50, 1> <point 0.75, 0.50, 2>'
+    assert len(events) > 4
+    assert [len(event['points']) for event in events if 'points' in event] == [1, 2]
+    assert events[-1]['points'][1]['x'] == .75
+    assert [message['role'] for message in chat.messages] == ['user', 'assistant']
+    assert len(chat.media['images']) == 1
+
     clip = next((checkpoint.parent / 'clips/media').glob('*.mp4')).read_bytes()
-    assert asked(page, '/show?name=../../clip.MP4', clip) == (200, '{"kind": "video"}') and len(talking.media['clip'][0]) > 1
-    status, told = asked(page, '/show?name=text.jpg', b'hello')
-    assert status == 400 and 'text.jpg: not a picture' in told
-    assert asked(page, '/new')[0] == 200 and not talking.messages and not talking.media
-    # other sites, by whatever name they reach this address
-    assert asked(page, '/ask', b'x', Origin='http://evil.example')[0] == asked(page, '/ask', b'x', Host='evil.example')[0] == 403
-    assert asked(page, '/', Host='evil.example')[0] == 404 and asked(page, '/what', b'x')[0] == 404
-    connection = http.client.HTTPConnection(page)
+    assert request(address, '/show?name=../../clip.MP4', clip) == (200, '{"kind": "video"}')
+    times, _ = chat.media['clip']
+    assert len(times) > 1
+    status, text = request(address, '/show?name=text.jpg', b'hello')
+    assert status == 400
+    assert 'text.jpg: not a picture' in text
+    status, _ = request(address, '/new')
+    assert status == 200
+    assert not chat.messages
+    assert not chat.media
+
+    # Other sites, by whatever name they reach this address
+    status, _ = request(address, '/ask', b'x', Origin='http://evil.example')
+    assert status == 403
+    status, _ = request(address, '/ask', b'x', Host='evil.example')
+    assert status == 403
+    status, _ = request(address, '/', Host='evil.example')
+    assert status == 404
+    status, _ = request(address, '/what', b'x')
+    assert status == 404
+
+    connection = http.client.HTTPConnection(address)
     connection.putrequest('POST', '/show?name=a.png')
     connection.putheader('Content-Length', str(2 ** 40))
     connection.endheaders()
-    assert connection.getresponse().status == 403 and not talking.messages
+    assert connection.getresponse().status == 403
+    assert not chat.messages
 
 
 @pytest.mark.parametrize('how,words', [
-    (dict(image='gone.png'), 'gone.png: No such file'), (dict(image='text.jpg'), 'text.jpg: not a picture'),
-    (dict(video='text.jpg'), 'not a video that can be read'), (dict(video='gone.mp4'), 'gone.mp4: No such file'),
-    (dict(video='a', image='b'), 'give --checkpoint'), (dict(checkpoint='nowhere'), 'nowhere')])
-def test_mistakes_are_told(checkpoint, ask, how, words):
+    (dict(image='gone.png'), 'gone.png: No such file'),
+    (dict(image='text.jpg'), 'text.jpg: not a picture'),
+    (dict(video='text.jpg'), 'not a video that can be read'),
+    (dict(video='gone.mp4'), 'gone.mp4: No such file'),
+    (dict(video='a', image='b'), 'give --checkpoint'),
+    (dict(checkpoint='nowhere'), 'nowhere'),
+])
+def test_sample_error_names_the_cause(checkpoint, ask, how, words):
     (checkpoint.parent / 'text.jpg').write_text('hello')
     with pytest.raises(m.UserError, match=words) as e:
         ask(prompt='x', **how)
     assert '\n' not in str(e.value)
 
 
-def test_a_mistake_is_one_line(checkpoint):
+def test_sample_script_error_is_one_line(checkpoint):
     done = run(f'--checkpoint={checkpoint}')
-    assert done.returncode == 1 and 'give --checkpoint' in done.stderr and done.stderr.count('\n') == 1, done.stderr
+    assert done.returncode == 1
+    assert 'give --checkpoint' in done.stderr
+    assert done.stderr.count('\n') == 1, done.stderr
