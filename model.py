@@ -206,7 +206,8 @@ def attention(query, key, value, mask):
     is_causal = isinstance(mask, str)        # 'causal', the only word
     dense = None if is_causal else mask
     is_grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=dense, is_causal=is_causal, enable_gqa=is_grouped)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=dense, is_causal=is_causal,
+                                          enable_gqa=is_grouped)
 
 
 def is_recomputed(every, layer):
@@ -235,10 +236,12 @@ def crop_attention(query, key, value, shapes, fast=True):
     """
     attend = attention
     if fast and query.device.type == 'cpu' and query.requires_grad:
-        from extra.kernels import small_attention as attend      # the same, with a faster backward pass on a CPU
+        # The same, with a faster backward pass on a CPU
+        from extra.kernels import small_attention as attend
     sizes = [crops * tokens for crops, tokens in shapes]
     results = []
-    for (crops, tokens), q, k, v in zip(shapes, query.split(sizes), key.split(sizes), value.split(sizes)):
+    qkv = zip(shapes, query.split(sizes), key.split(sizes), value.split(sizes))
+    for (crops, tokens), q, k, v in qkv:
         q = q.unflatten(0, (crops, tokens)).transpose(1, 2)              # [crops, heads, tokens, d]
         k = k.unflatten(0, (crops, tokens)).transpose(1, 2)
         v = v.unflatten(0, (crops, tokens)).transpose(1, 2)
@@ -296,13 +299,17 @@ class VisionEmbeddings(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.grid = config.image_size // config.patch_size       # patches a side that the table has positions for
+        # The table has positions for a grid of so many patches per side
+        self.grid = config.image_size // config.patch_size
         self.has_class_token = config.style == 'clip'
         patch_dim = 3 * config.patch_size ** 2
         self.patch_embedding = nn.Linear(patch_dim, config.hidden_size, bias=config.style != 'clip')
-        self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size)) if self.has_class_token else None
+        self.class_embedding = None
+        if self.has_class_token:
+            self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
         # Row 0 belongs to the class token, where there is one
-        self.position_embedding = nn.Embedding(self.has_class_token + self.grid ** 2, config.hidden_size)
+        rows = self.has_class_token + self.grid ** 2
+        self.position_embedding = nn.Embedding(rows, config.hidden_size)
 
     def positions(self, grid):
         """The table of positions [tokens, width] for crops of grid = (rows, columns) patches. When
@@ -338,7 +345,9 @@ class VisionTransformer(nn.Module):
         self.recompute_every = 0
         self.embeddings = VisionEmbeddings(config)
         # The name is misspelt in CLIP's checkpoints, and so here
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.style == 'clip' else None
+        self.pre_layrnorm = None
+        if config.style == 'clip':
+            self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         layers = [VisionBlock(config, fast) for _ in range(config.num_layers)]
         self.encoder = nn.ModuleDict({'layers': nn.ModuleList(layers)})
 
@@ -564,7 +573,8 @@ class Decoder(nn.Module):
         self.config = config
         self.recompute_every = 0
         self.dropout = 0.
-        self.embed_tokens = nn.Embedding(config.vocab_size + config.extra_vocab_size, config.hidden_size)
+        rows = config.vocab_size + config.extra_vocab_size
+        self.embed_tokens = nn.Embedding(rows, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, fast) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, fast)
 
@@ -768,7 +778,8 @@ class VLM(nn.Module):
         self.language_model = Decoder(config.language, fast)
         self.lm_head = None
         if not config.language.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.language.hidden_size, config.language.vocab_size, bias=False)
+            width, vocabulary = config.language.hidden_size, config.language.vocab_size
+            self.lm_head = nn.Linear(width, vocabulary, bias=False)
         self.set_buffers()
 
     def set_buffers(self, device=None):
@@ -910,6 +921,8 @@ class VLM(nn.Module):
         The rows of the batch have no padding and end where their answers begin. Yields the next
         tokens [B] until all answers have ended with eos_token_id; -1 for one that ended before.
         """
+        def append(x, column):
+            return torch.cat([x, column], 1)                                 # [B, L + 1]
         device = batch.tokens.device
         generator = torch.Generator(device).manual_seed(seed)
         ended = torch.zeros(len(batch.tokens), dtype=torch.bool, device=device)
@@ -921,10 +934,11 @@ class VLM(nn.Module):
             ended = ended | (token == self.config.eos_token_id)
             if ended.all():
                 return
-            batch = replace(batch, tokens=torch.cat([batch.tokens, token[:, None]], 1),
-                            position_ids=torch.cat([batch.position_ids, batch.position_ids[:, -1:] + 1], 1),
-                            document_ids=torch.cat([batch.document_ids, batch.document_ids[:, -1:]], 1),
-                            branch_ids=torch.cat([batch.branch_ids, batch.branch_ids[:, -1:]], 1))
+            # The new token stands behind the last one, in the same document and branch
+            batch = replace(batch, tokens=append(batch.tokens, token[:, None]),
+                            position_ids=append(batch.position_ids, batch.position_ids[:, -1:] + 1),
+                            document_ids=append(batch.document_ids, batch.document_ids[:, -1:]),
+                            branch_ids=append(batch.branch_ids, batch.branch_ids[:, -1:]))
 
     # -- weights
 
@@ -1059,10 +1073,12 @@ def compute_dtype(x):
 def local_shard(p):
     """(the rows of a parameter that this process holds, the number of the first one): all of them,
     or FSDP's share."""
-    if not hasattr(p, 'full_tensor'):                    # a sharded parameter is a DTensor, whose module is slow to load
+    # A sharded parameter is a DTensor; asking for its class would load a module that is slow to load
+    if not hasattr(p, 'full_tensor'):
         return p, 0
     dim = next(i for i, placement in enumerate(p.placements) if placement.is_shard())
-    rows = -(-len(p) // p.device_mesh.size(dim))         # rounded up, as torch.chunk does: the last rank may get none
+    # Rounded up, as torch.chunk does: the last rank may get none
+    rows = -(-len(p) // p.device_mesh.size(dim))
     first = min(len(p), rows * p.device_mesh.get_local_rank(dim))
     return p.to_local(), first
 

@@ -243,7 +243,8 @@ class Ulysses:
         if repeat > 1:
             key = key.repeat_interleave(repeat, 1)
             value = value.repeat_interleave(repeat, 1)
-        by_rank = [x.unflatten(1, (N, -1)) for x in (query, key, value)]         # [B, N, heads of a rank, L / N, D] each
+        # [B, N, heads of a rank, L / N, D] each
+        by_rank = [x.unflatten(1, (N, -1)) for x in (query, key, value)]
         mine = torch.cat(by_rank, 2).transpose(0, 1)           # [N, B, all three's heads, L / N, D]
         received = AllToAll.apply(mine, self.group)                        # [N, B, heads, L / N, D]
         whole = received.permute(1, 2, 0, 3, 4).flatten(2, 3)                    # [B, heads, L, D]
@@ -286,9 +287,10 @@ def split_batch(batch, index, n):
     loss_weights = piece(batch.loss_weights)
     has_loss, loss_index = places_in_piece(batch.loss_index)
     is_token = document_ids[:, first:first + size] >= 0
-    cut = replace(batch, tokens=piece(batch.tokens), targets=piece(batch.targets), loss_weights=loss_weights,
-                  position_ids=position_ids, document_ids=document_ids, branch_ids=padded(batch.branch_ids),
-                  row_tokens=padded(batch.tokens), loss_index=loss_index, loss_tasks=batch.loss_tasks[has_loss],
+    cut = replace(batch, tokens=piece(batch.tokens), targets=piece(batch.targets),
+                  loss_weights=loss_weights, position_ids=position_ids, document_ids=document_ids,
+                  branch_ids=padded(batch.branch_ids), row_tokens=padded(batch.tokens),
+                  loss_index=loss_index, loss_tasks=batch.loss_tasks[has_loss],
                   num_tokens=int(is_token.sum()), num_pairs=int((position_ids + 1)[is_token].sum()),
                   total_weight=float(loss_weights.sum()))
     if batch.pool_index is None:
@@ -357,7 +359,8 @@ def reshard_loader_states(states, n, mixture):
     if len(states) == n:
         return states
     old = len(states)
-    next_draw = {state['draw'] % old: state['draw'] for state in states}         # by the rank that draws k = rank + i * old
+    # By rank, because the old rank r drew k = r, r + old, r + 2 old, ..
+    next_draw = {state['draw'] % old: state['draw'] for state in states}
     first = min(next_draw.values())
     end = max(next_draw.values())
     left = sorted(example for state in states for example in state['pool'])
@@ -427,7 +430,8 @@ class Watchdog(threading.Thread):
             ranks = ', '.join(str(r) for r, _, _ in members)
             seconds = max(seconds for _, seconds, _ in members)
             rows = members[0][2]
-            line = f"{'rank' if len(members) == 1 else 'ranks'} {ranks}: {place} for {seconds:.0f} s"
+            noun = 'rank' if len(members) == 1 else 'ranks'
+            line = f'{noun} {ranks}: {place} for {seconds:.0f} s'
             if is_silent:
                 line += ', does not answer'
             if rows:

@@ -249,8 +249,10 @@ def make_optimizers(model):
     with AdamW, and so do norms and biases. step_optimizers sets the learning rates before each
     step.
     """
-    rates = {'vision': vision_learning_rate, 'connector': connector_learning_rate, 'language': learning_rate}
-    warmups = {'vision': vision_warmup_steps, 'connector': connector_warmup_steps, 'language': warmup_steps}
+    rates = {'vision': vision_learning_rate, 'connector': connector_learning_rate,
+             'language': learning_rate}
+    warmups = {'vision': vision_warmup_steps, 'connector': connector_warmup_steps,
+               'language': warmup_steps}
     tables = ('embed_tokens', 'position_embedding', 'lm_head')
     matrices = set()
     for name, p in model.named_parameters():
@@ -515,7 +517,7 @@ def validation_loss(model, held_out, processor, dev, autocast, cp_group):
     total, weight = 0., 0.
     sums = torch.zeros(2, len(TASKS))
     for batch, _ in itertools.islice(make_loader(held_out, processor), eval_batches):
-        if cp > 1:                           # here each rank reads the whole rows itself: they are few
+        if cp > 1:                           # each rank reads whole rows here, because they are few
             batch = split_batch(batch, rank % cp, cp)
         batch = batch.to(dev)
         with autocast:
@@ -538,7 +540,7 @@ def score_answers(model, held_out, processor, autocast):
     model.eval()
     with autocast, uncompiled(model):        # each prompt has a length of its own
         rows, _, _ = evaluate(model, processor, held_out.datasets, eval_answers)
-    unfuse_linears(model)                    # generation fuses q, k, v into one matrix; training wants three
+    unfuse_linears(model)                    # generation fuses q, k, v; training wants three matrices
     model.train()
     return summarise(rows)
 
@@ -790,7 +792,8 @@ def main():
     step, loader_state = 0, None
     scale_state = [2. ** 12, 0.]             # of float16: a few overflows lower it to what fits
     if checkpoint:
-        step, loader_state, scale_state = load_state(checkpoint, model, optimizers, train_mixture, settings, dev)
+        step, loader_state, scale_state = load_state(checkpoint, model, optimizers, train_mixture,
+                                                     settings, dev)
     scale_state = torch.tensor(scale_state, device=dev)
     cp_group = make_cp_group(cp, model.config.language.num_heads)
     if compile:
@@ -817,16 +820,19 @@ def main():
         if compute_dtype == torch.float16:
             scale_state = update_loss_scale(scale_state, found_inf)
         step += 1
-        monitor.after_step(step, micro_batches, waited, loss, sums, grad_norm, found_inf, batches.state['skipped'])
+        monitor.after_step(step, micro_batches, waited, loss, sums, grad_norm, found_inf,
+                           batches.state['skipped'])
         if is_report_due(step) or monitor.is_stopping:
             monitor.report()
             monitor.stop_if_nonfinite(micro_batches)
         if held_out and is_eval_due(step):
-            monitor.add(validate(step, model, held_out, processor, dev, autocast, cp_group, watchdog))
+            record = validate(step, model, held_out, processor, dev, autocast, cp_group, watchdog)
+            monitor.add(record)
         if is_save_due(step) or monitor.is_stopping:
             watchdog.at('copying the checkpoint')
             rank_state = {'loader': batches.state, 'scaling': scale_state.tolist()}
-            checkpointer.save(step, model, processor, optimizers, rank_state, random_state(dev), settings, cp)
+            checkpointer.save(step, model, processor, optimizers, rank_state, random_state(dev),
+                              settings, cp)
             monitor.restart_clock()
 
     # -- finish

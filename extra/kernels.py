@@ -75,7 +75,8 @@ def plan_pieces(document_ids, branch_ids, block):
                 pieces.append((offset + start, end - start, offset + prefix_start, prefix_length))
                 continue
             for first in range(start, end, block):
-                pieces.append((offset + first, min(block, end - first), offset + start, first - start))
+                length = min(block, end - first)
+                pieces.append((offset + first, length, offset + start, first - start))
     return pieces
 
 
@@ -105,10 +106,12 @@ class PackedTreeAttention:
         result_index = np.empty(tokens, np.int64)
         done = 0                                     # rows of results in the groups before this one
         for bucket in sorted(buckets):
-            first, length, prefix, prefix_length = np.array(buckets[bucket]).T[..., None]        # [N, 1] each
+            columns = np.array(buckets[bucket]).T[..., None]                 # [4, N, 1]
+            first, length, prefix, prefix_length = columns
             q = np.arange(length.max())
             p = np.arange(prefix_length.max())
-            queries = np.minimum(first + q, first + length - 1)                  # [N, Q]; padding repeats the last query
+            # [N, Q]; padding repeats the last query
+            queries = np.minimum(first + q, first + length - 1)
             prefix_keys = np.minimum(prefix + p, tokens - 1)       # [N, P]; padding is masked below
             keys = np.concatenate([prefix_keys, queries], 1)
             number = (len(first), len(q))
@@ -135,7 +138,10 @@ class PackedTreeAttention:
             return flat.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
         results = []
         for queries, keys, attends in self.groups:
-            x = small_attention(gather(flat_query, queries), gather(flat_key, keys), gather(flat_value, keys), attends)
+            q = gather(flat_query, queries)
+            k = gather(flat_key, keys)
+            v = gather(flat_value, keys)
+            x = small_attention(q, k, v, attends)
             results.append(x.transpose(1, 2).flatten(0, 1))                      # [N x Q, heads, D]
         x = torch.cat(results).index_select(0, self.result_index)                # [B x L, heads, D]
         return x.unflatten(0, (B, -1)).transpose(1, 2)
@@ -168,7 +174,8 @@ def block_mask(document_ids, branch_ids, visual=None):
 def flex(query, key, value, mask):
     """As `model.attention`, with a block mask."""
     grouped = query.shape[1] != key.shape[1]
-    return _flex_attention(query, key, value, block_mask=mask, enable_gqa=grouped, kernel_options=FLEX_OPTIONS)
+    return _flex_attention(query, key, value, block_mask=mask, enable_gqa=grouped,
+                           kernel_options=FLEX_OPTIONS)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -144,8 +144,9 @@ def main(parts, seconds):
         run_here([by_name[name] for name in args.parts.split(',')], args.until)
         return 0
     chosen = args.parts.split(',') if args.parts else list(by_name)
-    if unknown := [name for name in chosen if name not in by_name]:
-        sys.exit(f"error: no part '{unknown[0]}'; there are {', '.join(by_name)}")
+    for name in chosen:
+        if name not in by_name:
+            sys.exit(f"error: no part '{name}'; there are {', '.join(by_name)}")
     until, failures = time.time() + seconds, {}
     while chosen:
         command = [sys.executable, *sys.argv, f"--parts={','.join(chosen)}", f'--until={until}']
