@@ -383,7 +383,7 @@ def print_plan(model, settings, device, amp, checkpoint, world_size=1, local_wor
     print(f'steps {max_steps:,} of {rows} rows = {micro}, at most {tokens:,} tokens a step, '
           f'{rows * max_steps:,} rows in all')
     print_memory(model, settings, device, amp, world_size, local_world_size)
-    form = choose_attention(model.config.recipe, device, causal=False)
+    form = choose_attention(model.config.recipe, device, causal=False, fast=settings['fast'])
     dtype = str(amp).removeprefix('torch.')
     print(f'device {device} with {torch.get_num_threads()} threads, {dtype}; '
           f'rows with branches: {ATTENTION_NAMES[form]}')
