@@ -867,10 +867,10 @@ def best_fit(lengths, room):
     """Packing: the indices, ascending, of the examples that fill a row of `room` tokens best.
 
     The first example is always taken, because it has waited longest. (No example is longer than a
-    row, see Processor.example.) Of the others those are taken
-    whose lengths add up to most within the room that is left. The search is exact: bit s of
-    reach[n] says whether some of the first n others have the total length s. With lengths
-    [3, 4, 2, 5] and room 11, the first example leaves room 8:
+    row, see Processor.example.) Of the others those are taken whose lengths add up to most within
+    the room that is left. The search is exact: bit s of reach[n] says whether some of the first n
+    others have the total length s. With lengths [3, 4, 2, 5] and room 11, the first example leaves
+    room 8:
 
         reach[0]  {0}                   no others
         reach[1]  {0, 4}                with or without the 4

@@ -55,7 +55,7 @@ from extra.engine import generate  # noqa: E402
 from data import TASKS, Dataset, collate, parse_points  # noqa: E402
 from extra.hf import load_checkpoint  # noqa: E402
 from media import (BadRow, data_url, draw_points, enlarge, load_image,  # noqa: E402
-                   load_video, open_media, points_at)
+                   load_video, open_media, points_at, points_in_picture)
 from extra.metrics import score  # noqa: E402
 from model import UserError, pick_device, pick_weights_dtype  # noqa: E402
 
@@ -594,9 +594,8 @@ def draw_prediction(row, folder):
     else:
         side = 384
         for n, path in enumerate(row['images']):
-            # A point without an image number belongs to the first picture.
-            image_targets = [point for point in targets if point.get('image', 0) == n]
-            image_predicted = [point for point in predicted if point.get('image', 0) == n]
+            image_targets = points_in_picture(targets, n)
+            image_predicted = points_in_picture(predicted, n)
             image = load_image(open_media(folder, path))
             pictures.append((image, image_targets, image_predicted))
 

@@ -692,6 +692,22 @@ def draw_points(image, points, colour='magenta'):
     return image
 
 
+def points_of(record):
+    """All points of all messages of a record."""
+    points = []
+    for conversation in record['conversations']:
+        for message in conversation['messages']:
+            if message.get('points'):
+                points += message['points'].get('points', ())
+    return points
+
+
+def points_in_picture(points, number):
+    """The points of picture `number`, counted from 0. A point without a picture's number belongs to
+    the first one."""
+    return [point for point in points if point.get('image', 0) == number]
+
+
 def points_at(points, when, gap=1.5):
     """Points of a video at second `when`: [{id, x, y}], at most one an id.
 

@@ -132,8 +132,8 @@ class Config:
         mask_rule         tokens attend to earlier tokens       visual tokens to one another, too
 
     Because of its mask molmo2 takes neither 'causal' nor 'pieces' (choose_attention), and
-    VLM.make_mask looks for the visual tokens. The connector is a
-    choice of its own, although released Molmo2 models have the one of that name.
+    VLM.make_mask looks for the visual tokens. The connector is a choice of its own, although
+    released Molmo2 models have the one of that name.
     """
     vision: VisionConfig
     language: LanguageConfig

@@ -53,7 +53,8 @@ import torch  # noqa: E402
 
 from data import collate, parse_points  # noqa: E402
 from extra.hf import load_checkpoint  # noqa: E402
-from media import BadRow, draw_on_video, draw_points, enlarge, load_image  # noqa: E402
+from media import (BadRow, draw_on_video, draw_points, enlarge, load_image,  # noqa: E402
+                   points_in_picture)
 from extra.engine import KVCache, generate  # noqa: E402
 from extra.kernels import compile_blocks  # noqa: E402
 from model import UserError, pick_device, pick_weights_dtype  # noqa: E402
@@ -258,7 +259,7 @@ def show_picture_points(answer, pictures, names):
     points = parse_points(answer)
     for n, (name, picture) in enumerate(zip(names, pictures)):
         # Answers number the pictures only if there are several.
-        own_points = [point for point in points if point.get('image', 0) == n]
+        own_points = points_in_picture(points, n)
         for point in own_points:
             x = point['x'] * picture.width
             y = point['y'] * picture.height

@@ -322,14 +322,19 @@ def forward_backward(model, wrapped, micro_batches, autocast, loss_scale=1., cp_
     return sum_over_ranks(loss), sum_over_ranks(sums)
 
 
+def gradients_of(opt):
+    """The gradients of an optimizer's parameters; a parameter that got none is left out."""
+    group = opt.param_groups[0]
+    return [p.grad for p in group['params'] if p.grad is not None]
+
+
 def gradient_norms(optimizers, loss_scale):
     """Returns (norms, total). norms: {part: norm of its gradients} with clip_parts, else {'all':
     total}; total: the norm of all gradients."""
     gradients = {}
     for opt in optimizers:
-        group = opt.param_groups[0]
-        part = group['part'] if clip_parts else 'all'
-        gradients.setdefault(part, []).extend(p.grad for p in group['params'] if p.grad is not None)
+        part = opt.param_groups[0]['part'] if clip_parts else 'all'
+        gradients.setdefault(part, []).extend(gradients_of(opt))
     norms = {}
     for part, tensors in gradients.items():
         if tensors:
@@ -364,7 +369,7 @@ def step_optimizers(optimizers, step, loss_scale=1.):
             opt.found_inf = found_inf
             opt.step()
         elif not found_inf:                  # Muon has no found_inf, so this waits for the device
-            gradients = [p.grad for p in group['params'] if p.grad is not None]
+            gradients = gradients_of(opt)
             if gradients:
                 torch._foreach_div_(gradients, divisor)
             opt.step()

@@ -23,7 +23,8 @@ from configurator import UserError, configure, train_settings
 from data import PACKING_POOL, TASKS, Dataset, ExampleDataset, RowProblem, best_fit, open_mixture
 from extra.hf import make_processor
 from extra.plan import mixture_table
-from media import BadRow, data_url, draw_points, enlarge, points_at
+from media import (BadRow, data_url, draw_points, enlarge, points_at, points_in_picture,
+                   points_of)
 from model import dense_mask
 
 # Of this page and of that of eval.py. Class t is a token, v a visual one, s a special one.
@@ -101,10 +102,7 @@ def example_html(example, dataset, draw, processor):
     number = len(record['conversations'])
     page = [f'<h2>draw {k}: {html.escape(dataset.where(row))}, {len(example.tokens)} tokens, '
             f'{number} conversations</h2>']
-    points = []                              # of all conversations, on the same pictures
-    for message in messages_of(record):
-        if message.get('points'):
-            points += message['points'].get('points', ())
+    points = points_of(record)               # of all conversations, on the same pictures
     is_video = len(example.times) > 0
     # Small pictures are enlarged, and frames only half as much, because there are many
     wanted = 128 if is_video else 256        # pixels a side
@@ -114,7 +112,7 @@ def example_html(example, dataset, draw, processor):
         if is_video:
             shown = points_at(points, example.times[i])
         else:
-            shown = [p for p in points if p.get('image', 0) == i]
+            shown = points_in_picture(points, i)
         picture = as_model_sees(patches, example.grid, shown, scale)
         page.append(f'<img src="{data_url(picture)}">')
     page.append(tokens_html(example, processor))

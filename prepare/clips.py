@@ -196,9 +196,9 @@ def point_with_outline(o, t, **extra):
     return dict(point(o, t, **extra), polygon=polygon)
 
 
-def times_present(o, duration, step=.5):
-    """The multiples of `step` seconds at which a shape is there."""
-    times = np.arange(0, duration + .01, step).tolist()
+def times_present(o, duration):
+    """The half seconds at which a shape is there."""
+    times = np.arange(0, duration + .01, .5).tolist()
     return [t for t in times if o['start'] <= t <= o['end']]
 
 
@@ -303,7 +303,7 @@ def converse(clip, rng):
         points = []
         for t in np.arange(0, duration + .01, step).tolist():
             for i, o in enumerate(followed, start=1):
-                if t in times_present(o, duration, step):
+                if o['start'] <= t <= o['end']:
                     points.append(point_with_outline(o, t, id=i))
         # Between two steps a shape may come and go, so that there is nothing to track.
         if points:

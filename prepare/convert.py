@@ -794,7 +794,7 @@ def choose(question, options, right, style, chance):
     # The shares below are those of Molmo2. A tenth of the training questions has the plain layout.
     plain = style.startswith(HELD_OUT) or chance.random() < .1
     if plain:
-        labels = [chr(65 + i) for i in range(len(options))]
+        labels = labels_of('A', len(options))
         lines = [f'{label}. {option}' for label, option in zip(labels, options)]
         prompt = '\n'.join([question, 'Only give the right option.', *lines])
         return prompt, lines[right]

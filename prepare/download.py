@@ -34,7 +34,8 @@ from convert import Skip, fractions, runs
 from fetch import Archives, Fetcher, Trouble, hub_files
 from sources import (STAGES, archive_files, asked_for, drafts_of, find_tables, grouped, held_out,
                      rates_of, splits, table_files)
-from store import (Writer, changed, encode, look, read_manifest, source_of, state_of, write_whole)
+from store import (Writer, changed, encode, look, read_manifest, reasons_left_out, source_of,
+                   state_of, write_whole)
 from table import TABLE, sha256
 from tqdm import tqdm
 
@@ -481,16 +482,6 @@ def report(manifests):
         if reasons:
             listed = ', '.join(f'{reason} {number:,}' for number, reason in reasons[:8])
             print(f'    left out: {listed}')
-
-
-def reasons_left_out(counts):
-    """[(number of rows, reason)] of a manifest's counts, the most frequent first."""
-    prefix = 'left out: '
-    reasons = []
-    for key, number in counts.items():
-        if key.startswith(prefix):
-            reasons.append((number, key.removeprefix(prefix)))
-    return sorted(reasons, reverse=True)
 
 
 def show_instructions(chosen):

@@ -11,10 +11,12 @@ from html import escape
 from pathlib import Path
 
 from PIL import Image
+from store import reasons_left_out
 
 from extra.inspector import STYLE
 from data import Dataset
-from media import BadRow, data_url, draw_points, load_image, load_video, open_media, points_at
+from media import (BadRow, data_url, draw_points, load_image, load_video, open_media, points_at,
+                   points_in_picture, points_of)
 
 COUNTS = ('rows', 'records', 'conversations', 'media')
 VIDEO_FRAMES = 6               # a video is shown by this number of frames
@@ -90,13 +92,7 @@ def samples(entry, manifest, folder, number):
 
 def left_out(counts):
     """The reasons why rows were left out, with their numbers, the most frequent first."""
-    prefix = 'left out: '
-    reasons = []
-    for key, number in counts.items():
-        if key.startswith(prefix):
-            reasons.append((number, key.removeprefix(prefix)))
-    reasons.sort(reverse=True)
-    texts = [f'{escape(reason)} {number:,}' for number, reason in reasons]
+    texts = [f'{escape(reason)} {number:,}' for number, reason in reasons_left_out(counts)]
     return ', '.join(texts) or 'nothing'
 
 
@@ -118,16 +114,6 @@ def message_line(message):
     return line
 
 
-def points_of(record):
-    """All points of all messages of a record."""
-    points = []
-    for conversation in record['conversations']:
-        for message in conversation['messages']:
-            if message.get('points'):
-                points += message['points'].get('points', ())
-    return points
-
-
 def pictures(record, folder, side=320):
     """The pictures of a record, or some frames of its video, with its points drawn on them.
 
@@ -145,7 +131,7 @@ def pictures(record, folder, side=320):
     else:
         for i, path in enumerate(record['images']):
             picture = load_image(open_media(folder, path))
-            shown.append((picture, [point for point in points if point.get('image', 0) == i]))
+            shown.append((picture, points_in_picture(points, i)))
     for picture, points_here in shown:
         picture.thumbnail((side, side), Image.Resampling.LANCZOS)
         yield draw_points(picture, points_here)

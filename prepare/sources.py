@@ -219,9 +219,9 @@ def joined(place, out):
     """The path of an archive that the hub has in parts, after they were put together."""
     _, repo, _ = place.split(':')
     revision, files = hub_files(place)
-    parts = fetch_from_hub(repo, [name for name, _ in files], revision)
     whole = Path(out) / '.archives' / f'{repo.replace("/", "--")}-{revision[:12]}'
     if not whole.exists():
+        parts = fetch_from_hub(repo, [name for name, _ in files], revision)
         whole.parent.mkdir(parents=True, exist_ok=True)
         temporary = whole.with_suffix('.part')
         with open(temporary, 'wb') as f:

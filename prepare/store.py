@@ -291,6 +291,16 @@ def read_manifest(folder):
         return None
 
 
+def reasons_left_out(counts):
+    """[(number of rows, reason)] of a manifest's counts, the most frequent first."""
+    prefix = 'left out: '
+    reasons = []
+    for key, number in counts.items():
+        if key.startswith(prefix):
+            reasons.append((number, key.removeprefix(prefix)))
+    return sorted(reasons, reverse=True)
+
+
 def changed(manifest, folder):
     """The names of files that are missing or have another size than the manifest says."""
     names = []
