@@ -48,7 +48,7 @@ from data import Example, ExampleDataset, collate, next_row, open_mixture, pooli
 from extra.engine import generate
 from extra.hf import make_processor, save_model
 from extra.kernels import PackedTreeAttention, block_mask, compile_blocks
-from extra.plan import flops, memory_estimate, peak_flops, planned_model
+from extra.plan import dtype_name, flops, memory_estimate, peak_flops, planned_model
 from media import load_image, load_video, pyav
 from model import VLM, Batch, attention, dense_mask, make_config, pick_device, pick_dtype
 
@@ -662,10 +662,6 @@ def bench_attention(config, document_ids, branch_ids, device, amp, repeats):
     print(f'attention of one row, forward and backward: {name} {fast_ms:.1f} ms, '
           f'SDPA with a dense mask {dense_ms:.1f} ms, {dense_ms / fast_ms:.1f} times as long; '
           f'sums {sums[0][0]:.4g} and {sums[1][0]:.4g}')
-
-
-def dtype_name(dtype):
-    return str(dtype).removeprefix('torch.')
 
 
 # --------------------------------------------------------------------------------------------------

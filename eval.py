@@ -58,13 +58,8 @@ from media import (BadRow, data_url, draw_points, enlarge, load_image,  # noqa: 
                    load_video, open_media, points_at, points_in_picture)
 from extra.metrics import score  # noqa: E402
 from model import UserError, pick_device, pick_weights_dtype  # noqa: E402
-
-
-def rank_and_ranks():
-    """(index of this process, number of processes), as torchrun sets them; (0, 1) without it."""
-    rank = int(os.environ.get('RANK', 0))
-    ranks = int(os.environ.get('WORLD_SIZE', 1))
-    return rank, ranks
+# torchrun's numbers of this process
+from parallel import local_rank, local_world_size, rank, world_size  # noqa: E402
 
 
 # --------------------------------------------------------------------------------------------------
@@ -271,8 +266,7 @@ def prefetch_map(function, values):
             return error
 
     # The processes of one machine share its CPU cores.
-    processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    workers = max(1, min(4, os.cpu_count() // processes))
+    workers = max(1, min(4, os.cpu_count() // local_world_size))
     with ThreadPoolExecutor(workers) as pool:
         pending = deque()
         for value in values:
@@ -426,10 +420,10 @@ def read_answers_cache(cache):
     return known
 
 
-def gather_chunks(known, ranks):
+def gather_chunks(known):
     """The chunks that all ranks know, on every rank."""
     # Answers are Python objects, which this call pickles and sends.
-    every = [None] * ranks
+    every = [None] * world_size
     torch.distributed.all_gather_object(every, known)
     merged = {}
     for one in every:
@@ -439,11 +433,10 @@ def gather_chunks(known, ranks):
 
 def answer_chunks(model, processor, chunks, known, cache):
     """Answers this rank's share of the chunks that are not in `known`, and adds them to it."""
-    rank, ranks = rank_and_ranks()
     # The chunks are dealt out in turn, so that each rank gets its share of every dataset.
     todo = []
     for i, (dataset, start, end) in enumerate(chunks):
-        is_mine = i % ranks == rank
+        is_mine = i % world_size == rank
         if is_mine and (dataset.name, start, end) not in known:
             todo.append((dataset, start, end))
 
@@ -461,7 +454,7 @@ def answer_chunks(model, processor, chunks, known, cache):
             known[dataset.name, start, end] = chunk
             # Each rank appends to a file of its own, because two writers could mix their lines.
             if cache:
-                with open(f'{cache}.{rank}of{ranks}', 'a') as f:
+                with open(f'{cache}.{rank}of{world_size}', 'a') as f:
                     f.write(json.dumps(chunk) + '\n')
             bar.update(end - start)
 
@@ -485,14 +478,13 @@ def evaluate(model, processor, datasets, number=0, cache=None):
       skipped  Counter: reason -> number of records that could not be used
       losses   {(dataset, task): [sum of losses, tokens]}, empty without --loss
     """
-    _, ranks = rank_and_ranks()
     make_names_unique(datasets)
     # The names must be unique before the cache is read, because they are in its keys.
     known = read_answers_cache(cache) if cache else {}
     chunks = list_chunks(datasets, number)
     answer_chunks(model, processor, chunks, known, cache)
-    if ranks > 1:
-        known = gather_chunks(known, ranks)
+    if world_size > 1:
+        known = gather_chunks(known)
 
     # The chunks are joined in the order of the data, whichever rank has answered them.
     items = []
@@ -681,7 +673,6 @@ def write_results(folder, source, rows, summary, losses, skipped, datasets):
 
 def score_checkpoint(path, datasets):
     """Evaluates one checkpoint, prints and writes its results (on rank 0), returns its summary."""
-    rank, _ = rank_and_ranks()
     model, processor, source = load_checkpoint(path)
     dev = pick_device(device)
     weights_dtype = pick_weights_dtype(dtype, dev)
@@ -724,10 +715,9 @@ def main():
             raise UserError(f"checkpoint {path} does not exist")
 
     # Gloo on the CPU is enough, because the ranks exchange answers once and no tensors.
-    rank, ranks = rank_and_ranks()
-    if ranks > 1:
+    if world_size > 1:
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+            torch.cuda.set_device(local_rank)
         torch.distributed.init_process_group('gloo')
 
     summaries = {}

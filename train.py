@@ -133,8 +133,8 @@ from tqdm import tqdm  # noqa: E402
 
 from configurator import UserError  # noqa: E402
 from data import TASKS, Dataset, Loader, Mixture, Processor, open_mixture, processor_settings  # noqa: E402
-from extra.hf import (from_hf, is_released, load_processor, load_weights, newest, saved_settings)  # noqa: E402
-from model import VLM, full_tensor, make_config, pick_device, pick_dtype, read_json  # noqa: E402
+from extra.hf import (is_released, load_processor, load_weights, newest, read_config, saved_settings)  # noqa: E402
+from model import VLM, full_tensor, make_config, pick_device, pick_dtype  # noqa: E402
 # rank and world_size come from torchrun's environment, so they are right before `start` joins the ranks
 from parallel import (Watchdog, cp_batches, from_rank_0, gather_objects, local_world_size, make_cp_group, rank,  # noqa: E402
                       shard, split_batch, start, sum_numbers, sum_over_ranks, world_size)
@@ -152,7 +152,7 @@ def new_config(**ids):
 
 def source_from_checkpoint(source):
     """(Config, Processor) of a checkpoint folder to start from."""
-    config = from_hf(read_json(source / 'config.json'), source / 'config.json')
+    config = read_config(source)
     processor = load_processor(source, config, **processor_settings(settings))
     before = {}
     if not is_released(source):              # the sizes of a released Molmo2 are its own

@@ -30,7 +30,7 @@ import model as m
 from configurator import configure, train_settings
 from model import Batch
 from extra.engine import DecodeStep, KVCache, generate
-from extra.kernels import FLEX_OPTIONS, ChunkedLoss, block_mask
+from extra.kernels import FLEX_OPTIONS, LOGITS_CHUNK, ChunkedLoss, block_mask
 from extra.plan import flops, peak_flops, planned_model
 
 CUDA = torch.cuda.is_available()             # if not, all sizes below are toy sizes
@@ -470,7 +470,7 @@ def loss(say):
     def as_the_model_does(chunk):
         with torch.autocast(DEVICE.type, DTYPE):
             ChunkedLoss.apply(hidden, weight, targets, loss_weights, chunk, 0.)
-    for chunk in (1024, 4096):
+    for chunk in (LOGITS_CHUNK, 4096):
         took = milliseconds(lambda chunk=chunk: as_the_model_does(chunk), 5)
         say('loss', chunk=chunk, ms=took, tflops=teraflops(operations, took))
     if not CUDA:

@@ -77,6 +77,12 @@ def layout(config):
     return None
 
 
+def read_config(folder):
+    """The Config of a checkpoint folder, see `from_hf`."""
+    path = Path(folder) / 'config.json'
+    return from_hf(read_json(path), path)
+
+
 def from_hf(hf, where='config.json'):
     """A Config from the dict of a config.json.
 
@@ -321,8 +327,7 @@ def load_model(folder):
 
     Raises UserError if a file is missing or damaged, or if config.json and weights disagree.
     """
-    path = Path(folder) / 'config.json'
-    config = from_hf(read_json(path), path)
+    config = read_config(folder)
     # On the meta device parameters have shapes but no memory, so the model is built at once,
     # without drawing random numbers for weights that the files replace.
     with torch.device('meta'):
@@ -795,7 +800,7 @@ def save_processor(processor, folder):
     for name, content in processor.tokenizer_files.items():
         (folder / name).write_bytes(content)
 
-    config = from_hf(read_json(folder / 'config.json'))
+    config = read_config(folder)
     mean, std = PIXEL_STATS[config.vision.style]
     square = {'height': processor.image_size, 'width': processor.image_size}
     size = square
@@ -915,7 +920,7 @@ def make_processor(settings):
     source = None
     if settings['init_from']:
         source = newest(settings['init_from'])
-        config = from_hf(read_json(source / 'config.json'))
+        config = read_config(source)
     else:
         config = make_config(settings['vision'], settings['language'], recipe=settings['recipe'])
     # The tokenizer is that of the checkpoint, or of the decoder that training starts from.

@@ -74,11 +74,16 @@ def contraction_table():
 CONTRACTIONS = contraction_table()
 
 
+def collapse_spaces(text):
+    """Lower case and single spaces, punctuation kept."""
+    return ' '.join(text.lower().split())
+
+
 def vqa_normalize(text):
     """A text as VQA's evaluation code compares it: lower case, without punctuation and articles,
     numbers up to ten as digits, apostrophes restored. Source: Goyal et al. 2017, vqaEval.py
     (processPunctuation, processDigitArticle)."""
-    text = ' '.join(text.lower().split())
+    text = collapse_spaces(text)
 
     # A mark becomes a space, because it may stand between two words ("left/right"). It is deleted
     # if it touches a space anywhere in the text, or if the text has a comma between digits.
@@ -110,11 +115,6 @@ def normalize_text(text):
     """Lower case, without punctuation other than colons, single spaces."""
     text = text.lower().translate(REMOVED_PUNCTUATION)
     return ' '.join(text.split())
-
-
-def collapse_spaces(text):
-    """Lower case and single spaces, punctuation kept."""
-    return ' '.join(text.lower().split())
 
 
 # --------------------------------------------------------------------------------------------------

@@ -60,10 +60,10 @@ def _nearest_two(n, size):
     return first, second, place - first
 
 
-def read_settings(folder, part, file):
-    """One part of the processor's settings, a dict: from processor_config.json, and from a file of
-    its own, which older versions of transformers write."""
-    settings = dict(read_json(folder / 'processor_config.json').get(part, {}))
+def read_settings(theirs, folder, part, file):
+    """One part of the processor's settings, a dict: from `theirs`, which is processor_config.json,
+    and from a file of its own, which older versions of transformers write."""
+    settings = dict(theirs.get(part, {}))
     if (folder / file).exists():
         settings.update(read_json(folder / file))
     return settings
@@ -88,8 +88,8 @@ class Molmo2Processor(Processor):
     def __init__(self, folder, **settings):
         folder = Path(folder)
         theirs = read_json(folder / 'processor_config.json')
-        image = read_settings(folder, 'image_processor', 'preprocessor_config.json')
-        video = read_settings(folder, 'video_processor', 'video_preprocessor_config.json')
+        image = read_settings(theirs, folder, 'image_processor', 'preprocessor_config.json')
+        video = read_settings(theirs, folder, 'video_processor', 'video_preprocessor_config.json')
         self.max_crops = image.get('max_crops', 8)
         # Each for rows and for columns
         margins = image.get('overlap_margins', [4, 4])

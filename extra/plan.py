@@ -18,9 +18,9 @@ import torch
 
 from configurator import UserError, configure, train_settings
 from data import Dataset, mixture_rates, mixture_sets
-from extra.hf import from_hf, layout, newest
+from extra.hf import layout, newest, read_config
 from extra.kernels import LOGITS_CHUNK
-from model import VLM, choose_attention, make_config, pick_dtype, read_json
+from model import VLM, choose_attention, make_config, pick_dtype
 
 # --------------------------------------------------------------------------------------------------
 # Parameters
@@ -54,7 +54,7 @@ def planned_model(settings, checkpoint=None):
     if not source and settings['init_from']:
         source = newest(settings['init_from'])
     if source and source.is_dir():
-        config = from_hf(read_json(source / 'config.json'))
+        config = read_config(source)
     else:
         names = ('recipe', 'vision', 'language', 'connector', 'pooling')
         config = make_config(**{name: settings[name] for name in names})
@@ -358,6 +358,10 @@ ATTENTION_NAMES = {
 }
 
 
+def dtype_name(dtype):
+    return str(dtype).removeprefix('torch.')
+
+
 def print_plan(model, settings, device, amp, checkpoint, world_size=1, local_world_size=1):
     """Prints what was decided, once, before training starts. amp: the dtype of matrix
     multiplication; checkpoint: the folder to resume from, or None; world_size, local_world_size:
@@ -384,7 +388,7 @@ def print_plan(model, settings, device, amp, checkpoint, world_size=1, local_wor
           f'{rows * max_steps:,} rows in all')
     print_memory(model, settings, device, amp, world_size, local_world_size)
     form = choose_attention(model.config.recipe, device, causal=False, fast=settings['fast'])
-    dtype = str(amp).removeprefix('torch.')
+    dtype = dtype_name(amp)
     print(f'device {device} with {torch.get_num_threads()} threads, {dtype}; '
           f'rows with branches: {ATTENTION_NAMES[form]}')
     print_layout(model.config, settings)

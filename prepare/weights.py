@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from configurator import train_settings  # noqa: E402
 from data import Processor, processor_settings  # noqa: E402
 from model import VISION, VLM, UserError, VisionConfig, read_json  # noqa: E402
-from extra.hf import from_hf, layout, load_weights, save_model  # noqa: E402
+from extra.hf import from_hf, layout, load_weights, read_config, save_model  # noqa: E402
 from extra.plan import part_table  # noqa: E402
 from table import sha256  # noqa: E402
 
@@ -178,7 +178,7 @@ def copy_molmo2(args):
     source = fetch(args.molmo2)
     # On the meta device every tensor is read and compared, and none is kept in memory.
     with torch.device('meta'):
-        model = VLM(from_hf(read_json(source / 'config.json'), source / 'config.json'))
+        model = VLM(read_config(source))
     load_part(model, '', source)
     args.out.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
