@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -257,23 +258,26 @@ def dense_causal(say, qkv, shape):
 
 
 def flex(say, qkv, documents, branches, pairs, shape):
-    """FlexAttention as the model uses it, and with two options that might be faster."""
-    from torch.nn.attention.flex_attention import flex_attention
+    """The time of the block mask, and of FlexAttention as the model uses it."""
+    from torch.nn.attention.flex_attention import create_block_mask
     # Compiled anew for this shape, as in a run of its own. When a second shape comes, torch would
     # compile for all shapes.
     torch._dynamo.reset()
-    mask = block_mask(documents, branches)
-    making = milliseconds(lambda: block_mask(documents, branches))
-    say('mask', shape=shape, ms=making, sparsity=float(mask.sparsity()))
-    time_attention(say, 'FlexAttention', lambda: m.attention(*qkv, mask), qkv, pairs, shape=shape)
-    compiled = torch.compile(flex_attention)
-    # No check for queries that attend to nothing, and the scale multiplied into them beforehand
-    options = {**FLEX_OPTIONS, 'ROWS_GUARANTEED_SAFE': True, 'PRESCALE_QK': True}
+    make = torch.compile(create_block_mask)
 
-    def attend():
-        return compiled(*qkv, block_mask=mask, enable_gqa=True, kernel_options=options)
-    name = 'FlexAttention, rows never empty, scaled before'
-    time_attention(say, name, attend, qkv, pairs, shape=shape)
+    def by_torch():
+        rows, length = documents.shape
+        return make(m.mask_rule(documents, branches), rows, None, length, length, device=DEVICE)
+    ways = {'ours': lambda: block_mask(documents, branches), 'create_block_mask': by_torch}
+    for name, way in ways.items():
+        start = time.perf_counter()
+        mask = way()
+        synchronize()
+        first = time.perf_counter() - start
+        say('mask', way=name, shape=shape, first_seconds=first, ms=milliseconds(way),
+            sparsity=float(mask.sparsity()))
+    mask = block_mask(documents, branches)
+    time_attention(say, 'FlexAttention', lambda: m.attention(*qkv, mask), qkv, pairs, shape=shape)
 
 
 def varlen(say, qkv, documents, branches, pairs, shape):
@@ -513,6 +517,27 @@ def drawn_pictures():
     return world
 
 
+def first_steps(command, metrics, number):
+    """Runs train.py until it has written so many lines of metrics, and ends it without a last
+    checkpoint, which would take longer than the steps. Returns the lines, as dicts."""
+    with tempfile.TemporaryFile('w+') as output:
+        # A process group, so that the workers end with it
+        trainer = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+        try:
+            while True:
+                lines = metrics.read_text().splitlines() if metrics.exists() else []
+                if len(lines) >= number:
+                    return [json.loads(line) for line in lines]
+                if trainer.poll() is not None:
+                    output.seek(0)
+                    raise RuntimeError(f'train.py ended with {trainer.returncode}: {output.read()[-600:]}')
+                time.sleep(.1)
+        finally:
+            if trainer.poll() is None:
+                os.killpg(trainer.pid, signal.SIGKILL)
+            trainer.wait()
+
+
 def data_waiting(say):
     """The share of a step that waits for data: train.py itself, at the sizes of stage 1, on drawn
     pictures, which eight processes read."""
@@ -526,17 +551,12 @@ def data_waiting(say):
         # Random weights, and a mixture of the drawn pictures alone
         '--vision_weights=', '--language_weights=',
         "--mixture={'shapes': 1.0}", f'--data_dir={world}', f'--tokenizer={world}/shapes',
-        '--accumulation=2', f'--num_workers={workers}', f'--max_steps={max_steps}',
-        # Nothing but training: no validation, no checkpoint before the end
+        '--accumulation=2', f'--num_workers={workers}', '--max_steps=1000000',
+        # Nothing but training: no validation, no checkpoint
         '--eval_interval=0', '--log_interval=2', '--save_interval=1000000',
         f'--out_dir={out}', *TOY,
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        end = (done.stdout + done.stderr)[-600:]
-        raise RuntimeError(f'train.py ended with {done.returncode}: {end}')
-    lines = (out / 'metrics.jsonl').read_text().splitlines()
-    steps = [json.loads(line) for line in lines]
+    steps = first_steps(command, out / 'metrics.jsonl', max_steps // 2)
     late = steps[len(steps) // 2:]           # without the start, when nothing is read ahead yet
     seconds = sum(step['seconds'] for step in late)
     waited = sum(step['data_wait'] for step in late)
@@ -619,6 +639,89 @@ def decoding_as_graph(say, model, weights):
         weights_read_terabytes_a_second=weights / took / 1e9)
 
 
+def decoding_compiled(say):
+    """A step of one answer with a compiled layer and a cache of fixed size, as one CUDA graph: how
+    near a form without Python comes to reading the weights once. Two ways of compiling: torch's
+    own, and with products of one row written as sums, which the compiler fuses with what stands
+    around them."""
+    settings = settings_of('config/stage1.py')
+    model = planned_model(settings).to(DTYPE).to_empty(device=DEVICE).eval()
+    model.set_buffers(DEVICE)
+    bench.random_weights(model)
+    config = model.config.language
+    size = 512 if CUDA else 16
+    weights = sum(p.nbytes for p in model.language_model.parameters())
+    with torch.inference_mode():
+        cache = KVCache(config, 1, size, DTYPE, DEVICE)
+        step = DecodeStep(model.language_model, cache, None)
+        place = torch.tensor([size // 2], device=DEVICE)
+        cos, sin = m.rotary_table(place[:, None], config.head_dim, config.rope_theta)
+        cos = cos.to(DTYPE)[:, 0]            # [1, 1, head_dim]
+        sin = sin.to(DTYPE)[:, 0]
+        token = torch.zeros(1, dtype=torch.long, device=DEVICE)
+        layers = []
+        for number, (block, layer) in enumerate(zip(model.language_model.layers, step.layers)):
+            query_weight = block.self_attn.q_norm.weight.expand(config.num_heads, -1)
+            key_weight = block.self_attn.k_norm.weight.expand(config.num_kv_heads, -1)
+            layers.append((
+                block.input_layernorm.weight, layer.qkv, torch.cat([query_weight, key_weight]),
+                layer.o_proj, block.post_attention_layernorm.weight, layer.gate_up, layer.down_proj,
+                cache.keys[number], cache.values[number],
+            ))
+        cache.length = size // 2
+        expected = step(token, cos, sin)
+        for way, options in (('default', {}), ('sums', {'coordinate_descent_tuning': True})):
+            start = time.perf_counter()
+            torch._dynamo.reset()
+            compiled = torch.compile(layer_of_fixed_cache, dynamic=False, options=options)
+
+            def decode(compiled=compiled):
+                x = F.embedding(token, model.language_model.embed_tokens.weight)
+                for layer in layers:
+                    x = compiled(x, cos, sin, place, *layer)
+                return step.norm(x)
+            difference = relative_difference(decode(), expected)
+            if not CUDA:
+                say('decoding, compiled', way=way, difference=difference)
+                continue
+            decode()
+            synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                model.logits(decode()).argmax(-1)
+            first = time.perf_counter() - start
+            took = milliseconds(graph.replay, 20)
+            say('decoding, compiled', way=way, first_seconds=first, difference=difference,
+                ms_a_step=took, tokens_a_second=1e3 / took,
+                weights_read_terabytes_a_second=weights / took / 1e9)
+
+
+def layer_of_fixed_cache(x, cos, sin, place, input_norm, qkv, query_key_norm, o_proj, mlp_norm,
+                         gate_up, down_proj, keys, values):
+    """A decoder layer for one token of each answer, x [answers, width], at `place` [1] of a cache
+    keys, values [answers, kv_heads, size, head_dim]."""
+    answers, _, d = cos.shape
+    kv_heads, size = keys.shape[1:3]
+    eps = 1e-6
+    h = F.rms_norm(x, x.shape[-1:], input_norm, eps)
+    heads = F.linear(h, qkv).view(answers, -1, d)
+    value = heads[:, -kv_heads:]
+    query_key = F.rms_norm(heads[:, :-kv_heads], (d,), None, eps) * query_key_norm
+    query_key = query_key * cos + query_key.roll(d // 2, -1) * sin
+    key = query_key[:, -kv_heads:]
+    keys.index_copy_(2, place, key[:, :, None])
+    values.index_copy_(2, place, value[:, :, None])
+    query = query_key[:, :-kv_heads].reshape(answers, kv_heads, -1, d) * d ** -.5
+    scores = query @ keys.transpose(2, 3)                # [answers, kv_heads, group, size]
+    is_later = torch.arange(size, device=x.device) > place
+    weights = scores.masked_fill(is_later, -torch.inf).softmax(-1)
+    attended = (weights @ values).view(answers, -1)
+    x = x + F.linear(attended, o_proj)
+    h = F.rms_norm(x, x.shape[-1:], mlp_norm, eps)
+    gate, up = F.linear(h, gate_up).chunk(2, -1)
+    return x + F.linear(F.silu(gate) * up, down_proj)
+
+
 def transformers_decoding(say):
     """The time of a step of transformers' `generate` at the same sizes, for comparison."""
     try:
@@ -656,19 +759,20 @@ def transformers_decoding(say):
             answers=answers, ms_a_step=a_step, tokens_a_second=1e3 * answers / a_step)
 
 
-# (part, its seconds), in the order in which they run
+# (part, its seconds), in the order in which they run. Most of a part is compiling.
 PARTS = [
     (machine, 15),
-    (step_of_stage1, 40),
-    (step_of_stage3, 50),
-    (attention_of_stage1, 50),
     (products, 20),
+    (step_of_stage1, 60),
     (step_of_stage1_compiled, 60),
-    (data_waiting, 60),
-    (decoding, 30),
-    (transformers_decoding, 30),
-    (attention_of_stage3, 50),
-    (loss, 25),
-    (attention_of_the_tower, 10),
+    (step_of_stage3, 60),
     (step_of_stage3_compiled, 70),
+    (attention_of_stage3, 60),
+    (data_waiting, 80),
+    (decoding, 40),
+    (decoding_compiled, 90),
+    (transformers_decoding, 40),
+    (attention_of_stage1, 60),
+    (loss, 30),
+    (attention_of_the_tower, 10),
 ]

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import model
 from model import compute_dtype, mask_rule
@@ -152,7 +152,8 @@ class PackedTreeAttention:
 
 # Both are compiled for the first mask, because torch's compiler takes seconds to load
 _flex_attention = None
-_create_block_mask = None
+_count_pairs = None
+BLOCK = 128                        # FlexAttention skips, or takes whole, blocks of so many queries and keys
 # For fewer than 128 queries torch would take its decoding kernel, which cannot be compiled for 65
 # to 127 of them where query heads share a key head: its block of 2 x length, rounded to a power of
 # 2, does not divide the mask's 128.
@@ -161,14 +162,51 @@ FLEX_OPTIONS = {'FORCE_USE_FLEX_ATTENTION': True}
 
 def block_mask(document_ids, branch_ids, visual=None):
     """`mask_rule` as FlexAttention takes it: which blocks of 128 x 128 pairs are empty, full or
-    mixed, and no L x L array."""
-    global _flex_attention, _create_block_mask
+    mixed, and no L x L array.
+
+    torch's `create_block_mask` gives the same. Compiled as a whole, as it must be, it compiles the
+    sorting below, too, which takes torch 2.11 longer than all the rest of a first step.
+    """
+    global _flex_attention, _count_pairs
     if _flex_attention is None:
         _flex_attention = torch.compile(flex_attention)
-        _create_block_mask = torch.compile(create_block_mask)
+        _count_pairs = torch.compile(count_pairs)
+    L = document_ids.shape[1]
+    pairs = _count_pairs(document_ids, branch_ids, visual)[:, None]      # [B, 1, blocks, blocks]
+    is_full = pairs == BLOCK * BLOCK
+    is_mixed = (pairs > 0) & ~is_full
+    return BlockMask.from_kv_blocks(
+        *numbers_of_blocks(is_mixed),
+        *numbers_of_blocks(is_full),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=mask_rule(document_ids, branch_ids, visual),
+        seq_lengths=(L, L),
+    )
+
+
+def count_pairs(document_ids, branch_ids, visual):
+    """Of how many pairs in each block of queries and keys does the query attend to the key: [B,
+    blocks, blocks] int. Compiled, it is one kernel that holds no pair in memory."""
     B, L = document_ids.shape
     attends = mask_rule(document_ids, branch_ids, visual)
-    return _create_block_mask(attends, B, None, L, L, device=document_ids.device)
+    blocks = -(-L // BLOCK)
+    place = torch.arange(blocks * BLOCK, device=document_ids.device)
+    is_real = place < L                      # the last block may be longer than the rows
+    place = place.clamp(max=L - 1)
+    row = torch.arange(B, device=place.device)[:, None, None]
+    pairs = attends(row, None, place[:, None], place)                    # [B, queries, keys] bool
+    pairs = pairs & is_real[:, None] & is_real
+    pairs = pairs.view(B, blocks, BLOCK, blocks, BLOCK)
+    return pairs.sum((2, 4))
+
+
+def numbers_of_blocks(is_there):
+    """is_there [.., blocks of queries, blocks of keys] bool. Returns (how many blocks of keys each
+    block of queries has [..], their numbers [.., blocks of keys], the others behind them)."""
+    is_there = is_there.int()
+    number = is_there.sum(-1, dtype=torch.int32)
+    order = is_there.argsort(dim=-1, descending=True, stable=True)
+    return number, order.int()
 
 
 def flex(query, key, value, mask):

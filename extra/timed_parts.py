@@ -8,7 +8,8 @@ for each finding.
 
 The parts run in a second process, because a wrong kernel leaves a GPU unusable for the process that
 started it, and may hang where no exception reaches. When a part dies or hangs, the others go on in
-a new process.
+a new process. Parts that time nothing may run side by side (`side_by_side`), each in a process of
+its own, because most of such a part is compiling on one core.
 """
 import argparse
 import json
@@ -20,8 +21,10 @@ import sys
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 
 GRACE = 15               # seconds that a part may take beyond its time before its process is killed
+BEGAN = time.time()
 
 
 class OutOfTime(BaseException):
@@ -41,7 +44,12 @@ def rounded(value):
 
 
 def say(what, **found):
-    print(json.dumps({'what': what, **{name: rounded(value) for name, value in found.items()}}), flush=True)
+    """Prints a finding. `at` is the number of seconds since this process began."""
+    line = {'what': what}
+    for name, value in found.items():
+        line[name] = rounded(value)
+    line['at'] = round(time.time() - BEGAN, 1)
+    print(json.dumps(line), flush=True)
 
 
 def gpu_is_unusable():
@@ -57,6 +65,10 @@ def gpu_is_unusable():
         return True
 
 
+def stop_timer():
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 def run_here(parts, end):
     """Runs parts in this process until the clock says `end`. Each begins and ends with a line of
     its own."""
@@ -68,18 +80,19 @@ def run_here(parts, end):
             continue
         say('begin', part=part.__name__, seconds=seconds)
         start = time.time()
-        signal.alarm(max(1, int(seconds)))
+        # Again every second, because an exception in a destructor or in a callback of torch's is
+        # swallowed there
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1)
         try:
             part(say)
-            signal.alarm(0)
+            stop_timer()
         except OutOfTime:
+            stop_timer()
             say(part.__name__, failed=f'not done in its {seconds:.0f} seconds')
         except Exception as e:               # whatever it is, the other parts are worth as much
-            signal.alarm(0)
+            stop_timer()
             traceback.print_exc()
             say(part.__name__, failed=f'{type(e).__name__}: {str(e)[:400]}')
-        finally:
-            signal.alarm(0)
         say('end', part=part.__name__, seconds=time.time() - start)
         if gpu_is_unusable():
             os._exit(3)
@@ -88,38 +101,46 @@ def run_here(parts, end):
 def watch(child, names):
     """Prints a child's lines until it ends or hangs. Returns (the parts that it ended, what failed:
     {part: why})."""
-    lines, ended, failed, now, deadline = queue.Queue(), [], {}, None, time.time() + 120
+    lines = queue.Queue()
+    ended = []
+    failed = {}
+    now = None                               # the part that runs
+    deadline = time.time() + 120             # for importing torch
 
     def read():
         for line in child.stdout:
             lines.put(line)
         lines.put(None)
     threading.Thread(target=read, daemon=True).start()
+
+    def give_up(part, why):
+        failed[part] = why
+        ended.append(part)
+        say(part, failed=why)
     while True:
         try:
             line = lines.get(timeout=max(.1, deadline - time.time()))
         except queue.Empty:
             child.kill()                     # one process, by its own number
-            failed[now or names[0]] = 'hung, and was killed'
-            say(now or names[0], failed='hung, and was killed')
-            ended.append(now or names[0])
+            give_up(now or names[0], 'hung, and was killed')
             break
         if line is None:
             if now:
-                failed[now] = 'its process died'
-                say(now, failed='its process died')
-                ended.append(now)
+                give_up(now, 'its process died')
             break
-        print(line, end='', flush=True)
+        sys.stdout.write(line)               # one call, so that lines of two threads stay apart
+        sys.stdout.flush()
         try:
             found = json.loads(line)
         except ValueError:
             continue
         if found.get('what') == 'begin':
-            now, deadline = found['part'], time.time() + found['seconds'] + GRACE
+            now = found['part']
+            deadline = time.time() + found['seconds'] + GRACE
         elif found.get('what') == 'end':
             ended.append(now)
-            now, deadline = None, time.time() + GRACE
+            now = None
+            deadline = time.time() + GRACE
         elif 'failed' in found:
             failed[now or found['what']] = found['failed']
         elif 'skipped' in found:
@@ -128,7 +149,23 @@ def watch(child, names):
     return ended, failed
 
 
-def main(parts, seconds):
+def run_in_children(names, until):
+    """Runs parts one after the other, in a new process wherever one died. Returns {part: why it
+    failed}."""
+    failures = {}
+    while names:
+        command = [sys.executable, *sys.argv, f"--parts={','.join(names)}", f'--until={until}']
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        ended, failed = watch(child, names)
+        failures.update(failed)
+        if not ended:                        # it could not even start: the next would not either
+            failures[names[0]] = f'the process ended with code {child.returncode}'
+            break
+        names = [name for name in names if name not in ended]
+    return failures
+
+
+def main(parts, seconds, side_by_side=False):
     """Runs `parts`, [(function, its seconds), ..], within `seconds`; returns 1 if any failed, else
     0.
 
@@ -147,15 +184,11 @@ def main(parts, seconds):
     for name in chosen:
         if name not in by_name:
             sys.exit(f"error: no part '{name}'; there are {', '.join(by_name)}")
-    until, failures = time.time() + seconds, {}
-    while chosen:
-        command = [sys.executable, *sys.argv, f"--parts={','.join(chosen)}", f'--until={until}']
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        ended, failed = watch(child, chosen)
-        failures.update(failed)
-        if not ended:                        # it could not even start: the next would not either
-            failures[chosen[0]] = f'the process ended with code {child.returncode}'
-            break
-        chosen = [name for name in chosen if name not in ended]
+    until = time.time() + seconds
+    groups = [[name] for name in chosen] if side_by_side else [chosen]
+    failures = {}
+    with ThreadPoolExecutor(len(groups)) as pool:
+        for failed in pool.map(run_in_children, groups, [until] * len(groups)):
+            failures.update(failed)
     say('all parts', failed=failures or 'none')
     return 1 if failures else 0

@@ -170,11 +170,11 @@ def training(say):
     shutil.rmtree(out)
 
 
-PARTS = [(loss_and_gradients, 60), (row_lengths, 60), (compiled, 60), (generation, 30), (resume, 60), (training, 60)]
+PARTS = [(loss_and_gradients, 120), (row_lengths, 90), (compiled, 90), (generation, 60), (resume, 120), (training, 90)]
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--seconds', type=float, default=150)
     parser.add_argument('--parts', default='', help='names with commas; default: all')
     args, _ = parser.parse_known_args()
-    sys.exit(timed_parts.main(PARTS, args.seconds))
+    sys.exit(timed_parts.main(PARTS, args.seconds, side_by_side=torch.cuda.is_available()))
