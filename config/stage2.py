@@ -15,6 +15,7 @@ max_frames = 128
 fps = 2.0
 seq_len = 4096
 packing = True
+compile = True
 batch_size = 8                 # rows per GPU; 8 fit 80 GB without activation checkpointing (python model.py)
 accumulation = 16              # 128 rows per step, as in the guide (16 x 8); on N GPUs set 16 / N
 learning_rate = 5e-5

@@ -25,13 +25,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask
 
 import bench
 import model as m
 from configurator import configure, train_settings
 from model import Batch
 from extra.engine import DecodeStep, KVCache, generate
-from extra.kernels import FLEX_OPTIONS, LOGITS_CHUNK, ChunkedLoss, block_mask
+from extra.kernels import BLOCK, FLEX_OPTIONS, LOGITS_CHUNK, ChunkedLoss, block_mask
 from extra.plan import flops, peak_flops, planned_model
 
 CUDA = torch.cuda.is_available()             # if not, all sizes below are toy sizes
@@ -259,24 +260,15 @@ def dense_causal(say, qkv, shape):
 
 def flex(say, qkv, documents, branches, pairs, shape):
     """The time of the block mask, and of FlexAttention as the model uses it."""
-    from torch.nn.attention.flex_attention import create_block_mask
     # Compiled anew for this shape, as in a run of its own. When a second shape comes, torch would
     # compile for all shapes.
     torch._dynamo.reset()
-    make = torch.compile(create_block_mask)
-
-    def by_torch():
-        rows, length = documents.shape
-        return make(m.mask_rule(documents, branches), rows, None, length, length, device=DEVICE)
-    ways = {'ours': lambda: block_mask(documents, branches), 'create_block_mask': by_torch}
-    for name, way in ways.items():
-        start = time.perf_counter()
-        mask = way()
-        synchronize()
-        first = time.perf_counter() - start
-        say('mask', way=name, shape=shape, first_seconds=first, ms=milliseconds(way),
-            sparsity=float(mask.sparsity()))
+    start = time.perf_counter()
     mask = block_mask(documents, branches)
+    synchronize()
+    first = time.perf_counter() - start
+    making = milliseconds(lambda: block_mask(documents, branches))
+    say('mask', shape=shape, first_seconds=first, ms=making, sparsity=float(mask.sparsity()))
     time_attention(say, 'FlexAttention', lambda: m.attention(*qkv, mask), qkv, pairs, shape=shape)
 
 
@@ -339,15 +331,10 @@ def split(say, qkv, documents, branches, pairs, shape, n):
     another in plain causal attention, by cuDNN; the other queries by FlexAttention over all keys.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
     query, key, value = qkv
-    length = query.shape[2]
-    attends = m.mask_rule(documents, branches)
-
-    def rule_of_the_rest(b, head, i, j):
-        return attends(b, head, i + n, j)    # query i of the rest is query i + n of the row
-    make_mask = torch.compile(create_block_mask)
-    mask = make_mask(rule_of_the_rest, 1, None, length - n, length, device=DEVICE)
+    whole = block_mask(documents, branches)
+    mask = without_first_queries(whole, n, m.mask_rule(documents, branches))
     compiled = torch.compile(flex_attention)
 
     def attend():
@@ -364,10 +351,24 @@ def split(say, qkv, documents, branches, pairs, shape, n):
     name = 'long document by cuDNN, the rest by FlexAttention'
     time_attention(say, name, attend, qkv, pairs, shape=shape)
     # And both together must be the whole
-    whole = block_mask(documents, branches)
     with torch.no_grad():
         difference = relative_difference(attend(), m.attention(*qkv, whole))
     say('split beside FlexAttention', difference=difference)
+
+
+def without_first_queries(mask, n, attends):
+    """The BlockMask of all queries but the first n, which are whole blocks, over all keys. attends:
+    the rule of all queries. (torch's own slices of a mask want a rule for a slice.)"""
+    blocks = n // BLOCK
+    queries, keys = mask.seq_lengths
+
+    def rule_of_the_rest(b, head, i, j):
+        return attends(b, head, i + n, j)    # query i of the rest is query i + n of the row
+    return BlockMask.from_kv_blocks(
+        mask.kv_num_blocks[:, :, blocks:], mask.kv_indices[:, :, blocks:],
+        mask.full_kv_num_blocks[:, :, blocks:], mask.full_kv_indices[:, :, blocks:],
+        BLOCK_SIZE=BLOCK, mask_mod=rule_of_the_rest, seq_lengths=(queries - n, keys),
+    )
 
 
 def attention_of_the_tower(say):
@@ -377,7 +378,7 @@ def attention_of_the_tower(say):
     numbers = (2,)
     backends = (SDPBackend.MATH,)
     if CUDA:
-        numbers = (96, 97, 98)
+        numbers = (96, 97)
         backends = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
     for crops in numbers:
         qkv = []
@@ -444,19 +445,19 @@ def write_profile(step, title):
 # weights are random here.
 
 def step_of_stage1(say):
-    one_step(say, 'config/stage1.py', 'as configured', '--max_frames=0')
+    one_step(say, 'config/stage1.py', 'not compiled', '--max_frames=0', '--compile=False')
 
 
 def step_of_stage1_compiled(say):
-    one_step(say, 'config/stage1.py', 'compile', '--max_frames=0', f'--compile={CUDA}')
+    one_step(say, 'config/stage1.py', 'compiled', '--max_frames=0', f'--compile={CUDA}')
 
 
 def step_of_stage3(say):
-    one_step(say, 'config/stage3.py', 'as configured', "--init_from=''", repeats=2)
+    one_step(say, 'config/stage3.py', 'not compiled', "--init_from=''", '--compile=False', repeats=2)
 
 
 def step_of_stage3_compiled(say):
-    one_step(say, 'config/stage3.py', 'compile', "--init_from=''", f'--compile={CUDA}', repeats=2)
+    one_step(say, 'config/stage3.py', 'compiled', "--init_from=''", f'--compile={CUDA}', repeats=2)
 
 
 def loss(say):
@@ -551,7 +552,7 @@ def data_waiting(say):
         # Random weights, and a mixture of the drawn pictures alone
         '--vision_weights=', '--language_weights=',
         "--mixture={'shapes': 1.0}", f'--data_dir={world}', f'--tokenizer={world}/shapes',
-        '--accumulation=2', f'--num_workers={workers}', '--max_steps=1000000',
+        '--accumulation=2', f'--num_workers={workers}', '--max_steps=1000000', f'--compile={CUDA}',
         # Nothing but training: no validation, no checkpoint
         '--eval_interval=0', '--log_interval=2', '--save_interval=1000000',
         f'--out_dir={out}', *TOY,

@@ -171,3 +171,26 @@ def test_many_kinds_of_calls_all_run_compiled(fresh_compiler):
                     model.hidden_states(batch)
                 with torch.inference_mode():
                     model.hidden_states(batch)
+
+
+@pytest.mark.parametrize('length', [72, 128, 300, 1000])
+@pytest.mark.parametrize('recipe', ['nano', 'molmo2'])
+def test_block_mask_is_that_of_torch(length, recipe, monkeypatch):
+    """Every table of it, for rows that end inside a block, too."""
+    from torch.nn.attention.flex_attention import create_block_mask
+    monkeypatch.setattr(kernels, '_flex_attention', 'not needed')
+    monkeypatch.setattr(kernels, '_count_pairs', kernels.count_pairs)            # not compiled
+    generator = torch.Generator().manual_seed(length)
+    document_ids = torch.randint(-1, 4, (2, length), generator=generator).sort(dim=1, descending=True)[0]
+    branch_ids = torch.randint(0, 3, (2, length), generator=generator).sort(dim=1)[0]
+    visual = None
+    if recipe == 'molmo2':
+        visual = torch.rand(2, length, generator=generator) < .3
+    ours = kernels.block_mask(document_ids, branch_ids, visual)
+    rule = m.mask_rule(document_ids, branch_ids, visual)
+    expected = create_block_mask(rule, 2, None, length, length, device='cpu')
+    for x, y in zip(ours.as_tuple()[:-1], expected.as_tuple()[:-1]):             # the last is the rule
+        if torch.is_tensor(y):
+            assert torch.equal(x, y) and x.dtype == y.dtype
+        else:
+            assert x == y
