@@ -422,7 +422,7 @@ def bench_packing(settings, repeats, seed):
     beside that on the same examples with padding."""
     processor, config = make_processor(settings)
     room = processor.seq_len
-    mixture = open_mixture(settings['mixture'], settings['data_dir'], seed)
+    mixture = open_mixture(settings, settings['data_dir'], seed)
     source = packed_rows(mixture, processor)
     next(source)               # fills the pool, which no other row does, so it would spoil the time
     steps = 10

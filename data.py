@@ -25,10 +25,12 @@ Pixels stay uint8 all the way; they are normalised on the device (VLM.normalize 
                                             reads every row as training would; prints what is wrong
                                             or odd
 """
+import copy
 import hashlib
 import io
 import itertools
 import json
+import numbers
 import os
 import re
 import signal
@@ -41,10 +43,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from configurator import UserError
-from media import BadRow, load_image, load_subtitles, load_video, open_media
+from media import BadRow, is_picture, load_subtitles, load_video, open_media, open_picture
 from model import Batch
 
 TASKS = ('captioning', 'qa', 'counting', 'pointing', 'tracking', 'text', 'other')
@@ -153,6 +155,12 @@ class Dataset:
             raise BadRow('broken JSON', str(e)) from None
         return normalise(record)
 
+    def validation(self):
+        """The held-out Dataset in the same folder, or None if there is none."""
+        if not (self.folder / 'validation.jsonl').is_file():
+            return None
+        return Dataset(self.folder, 'validation')
+
     def where(self, row):
         """'data/pixmo/train.jsonl line 713', for messages. Lines are counted from the start of the
         file, because the index leaves out the empty ones."""
@@ -166,6 +174,64 @@ class Dataset:
                 lines += piece.count(b'\n')
                 left -= len(piece)
         return f'{self.path} line {lines + 1}'
+
+
+class Records:
+    """A data set that is a Python object of the user's: anything with __len__ and an __getitem__
+    that takes a number from 0 on and returns a record. It stands beside a Dataset in a Mixture.
+
+    Among its `images` may be Pillow pictures and arrays [height, width, 3] uint8, besides paths
+    relative to `folder`. A record must be the same each time it is asked for, or a resumed run is
+    not the uninterrupted one.
+
+    source: the object, or {'train': object, 'validation': object}; cap, loss_weight, token_weight:
+    as for a Dataset.
+    """
+
+    def __init__(self, name, source, folder, split='train', cap=None, loss_weight=1.,
+                 token_weight=None):
+        splits = source if isinstance(source, dict) else {'train': source}
+        if split not in splits:
+            raise UserError(f"datasets: '{name}' has no '{split}' in it")
+        self.name = name
+        self.splits = splits
+        self.records = splits[split]
+        self.folder = Path(folder)
+        self.cap = cap
+        self.loss_weight = loss_weight
+        self.token_weight = token_weight
+        for method in ('__len__', '__getitem__'):
+            if not hasattr(self.records, method):
+                kind = type(self.records).__name__
+                raise UserError(f"datasets: '{name}' is a {kind}, which has no {method}")
+
+    @property
+    def rows(self):
+        return len(self.records)
+
+    def __len__(self):
+        return min(self.rows, self.cap or self.rows)
+
+    def __getitem__(self, row):
+        try:
+            record = self.records[row]
+        except Exception as e:               # whatever the user's code raises
+            raise BadRow('error in the class', f'{type(e).__name__}: {e}') from None
+        if isinstance(record, dict):
+            # A copy, because `normalise` changes texts, and the object may keep its records
+            pictures = record.get('images')
+            record = copy.deepcopy({**record, 'images': None})
+            record['images'] = pictures
+        return normalise(record)
+
+    def where(self, row):
+        return f'{self.name}[{row}]'
+
+    def validation(self):
+        """The held-out records, or None if the object has none."""
+        if 'validation' not in self.splits:
+            return None
+        return Records(self.name, self.splits, self.folder, 'validation')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -340,6 +406,30 @@ def pooling_windows(grid, k):
     return index.reshape(-1, k * k)
 
 
+SPECIAL_TOKENS = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|vision_start|>',
+                  '<|vision_end|>', '<|image_pad|>', '<|video_pad|>')
+
+
+def byte_tokenizer():
+    """The files of a tokenizer with a token for each byte and the special tokens of Qwen3, {name:
+    bytes}, for a run that has no tokenizer of its own: tokenizer = 'bytes'."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(characters)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    config = {
+        'tokenizer_class': 'PreTrainedTokenizerFast',
+        'eos_token': '<|im_end|>',
+        'pad_token': '<|endoftext|>',
+    }
+    return {
+        'tokenizer.json': tokenizer.to_str().encode(),
+        'tokenizer_config.json': json.dumps(config).encode(),
+    }
+
+
 class Processor:
     """Records -> Examples: the layout of tokens, the pixels, and what a loss weighs.
 
@@ -390,22 +480,24 @@ class Processor:
 
     def _open_tokenizer(self, folder):
         path = folder / 'tokenizer.json'
-        if not path.is_file():
+        # The files are held in memory, because the folder may be an old checkpoint that is removed
+        # during training
+        self.tokenizer_files = {}
+        if str(folder) == 'bytes':
+            self.tokenizer_files = byte_tokenizer()
+        elif not path.is_file():
             raise UserError(f"{path} does not exist; a tokenizer is a folder with tokenizer.json")
+        for file in (path, folder / 'tokenizer_config.json'):
+            if file.is_file():
+                self.tokenizer_files[file.name] = file.read_bytes()
         try:
-            self.tokenizer = Tokenizer.from_file(str(path))
+            self.tokenizer = Tokenizer.from_buffer(self.tokenizer_files['tokenizer.json'])
         except Exception as e:               # the library raises plain Exception for a broken file
             raise UserError(f"{path} is not a tokenizer ({e})") from None
         # '<|im_end|>' in a user's text is text. (The flag's name misleads: True means to encode
         # special tokens as if they were text.)
         self.tokenizer.encode_special_tokens = True
         self.vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
-        # The files are held in memory, because the folder may be an old checkpoint that is removed
-        # during training
-        self.tokenizer_files = {}
-        for file in (path, folder / 'tokenizer_config.json'):
-            if file.is_file():
-                self.tokenizer_files[file.name] = file.read_bytes()
         needed = ('<|im_start|>', '<|im_end|>', self.image_token)
         missing = [token for token in needed if self.tokenizer.token_to_id(token) is None]
         if missing:
@@ -434,8 +526,21 @@ class Processor:
         # The separator before an answer that is part of a prompt (the history of a chat). Molmo2's
         # template has another one there (extra/molmo2.py).
         self.separator_before_past_answer = self.newline
+        self._make_cache()
+
+    def _make_cache(self):
         # For short texts that come often, as questions and times do
         self.encode_cached = lru_cache(2 ** 14)(self.encode)
+
+    def __getstate__(self):
+        """What a worker gets that is not forked but starts anew (macOS): all but the cache."""
+        state = dict(self.__dict__)
+        del state['encode_cached']
+        return state
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._make_cache()
 
     def _grid(self, setting):
         """(rows, columns) of the patches of a crop. setting: 'image_size' or 'video_size'."""
@@ -516,7 +621,7 @@ class Processor:
         'subtitles': [...]}, as `build_prefix` takes them. A video gives as many frames as fit into
         `room` tokens beside its subtitles; BadRow where not even one does."""
         if not record['video']:
-            images = [load_image(open_media(folder, path)) for path in record['images']]
+            images = [open_picture(folder, image) for image in record['images']]
             return {'images': images}
         span = {'start': record.get('start') or 0., 'end': record.get('end')}
         subtitles = record.get('subtitles') or []
@@ -1008,21 +1113,25 @@ def mixture_rates(mixture, sizes):
     return rates
 
 
-def open_mixture(mixture, data_dir, seed=0):
-    """The Mixture of a config's `mixture`, from the training splits of its data sets."""
-    sets = mixture_sets(mixture)
+def open_mixture(settings, data_dir, seed=0):
+    """The Mixture of a config's `mixture`, from the training splits of its data sets: folders under
+    data_dir, or Python objects that `datasets` names."""
+    sets = mixture_sets(settings['mixture'])
     if not sets:
         raise UserError("mixture is empty: name datasets and rates, as config/demo_stage1.py does")
-    datasets = {}
+    opened = {}
     for name, options in sets.items():
         arguments = {}                       # the other options are for `mixture_rates`
         for key in ('cap', 'loss_weight', 'token_weight'):
             if key in options:
                 arguments[key] = options[key]
-        datasets[name] = Dataset(Path(data_dir) / name, **arguments)
-    sizes = {name: dataset.rows for name, dataset in datasets.items()}
-    rates = mixture_rates(mixture, sizes)
-    return Mixture(list(datasets.values()), [rates[name] for name in datasets], seed)
+        if name in settings['datasets']:
+            opened[name] = Records(name, settings['datasets'][name], data_dir, **arguments)
+        else:
+            opened[name] = Dataset(Path(data_dir) / name, **arguments)
+    sizes = {name: dataset.rows for name, dataset in opened.items()}
+    rates = mixture_rates(settings['mixture'], sizes)
+    return Mixture(list(opened.values()), [rates[name] for name in opened], seed)
 
 
 class Mixture:
@@ -1307,9 +1416,12 @@ def _media_paths(record):
     path or a list of paths."""
     images = _list_of_paths(record, 'images')
     videos = _list_of_paths(record, 'videos') or _list_of_paths(record, 'video')
-    for value in (images, videos):
-        if not isinstance(value, list) or not all(isinstance(path, str) for path in value):
-            raise BadRow('schema', "'images' is a list of paths and 'video' is one")
+    for image in images:
+        if not isinstance(image, str) and not is_picture(image):
+            raise BadRow('schema', "'images' is a list of paths (of a Python data set: or of "
+                                   f"pictures), there is a {type(image).__name__} in it")
+    if not all(isinstance(path, str) for path in videos):
+        raise BadRow('schema', "'video' is a path")
     if len(videos) > 1 or videos and images:
         raise BadRow('schema', f'{len(videos)} videos and {len(images)} images: a record has one '
                                'video or any number of images')
@@ -1317,8 +1429,18 @@ def _media_paths(record):
 
 
 def _list_of_paths(record, key):
-    value = record.get(key) or []
-    return [value] if isinstance(value, str) else value
+    value = record.get(key)
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [value] if value else []
+    if isinstance(value, np.ndarray) and value.ndim == 4:
+        return list(value)                   # pictures of one size
+    if is_picture(value):
+        return [value]
+    if not isinstance(value, (list, tuple)):
+        raise BadRow('schema', f"'{key}' is a list of paths, this is a {type(value).__name__}")
+    return list(value)
 
 
 def _check_conversation(conversation, num_images, has_video):
@@ -1344,7 +1466,7 @@ def _is_message(message):
 
 def _is_number(value, low, high):
     # A bool is excluded, because Python's bool is an int
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return is_number and low <= value <= high
 
 
@@ -1363,7 +1485,7 @@ def check_points(points, num_images, video):
         if not isinstance(p, dict) or not all(_is_number(p.get(axis), -.05, 1.05) for axis in 'xy'):
             raise BadRow('bad point',
                          f"x and y are fractions of the picture in [0, 1], this is {p}")
-        if not isinstance(p.get('id', 1), int):
+        if not isinstance(p.get('id', 1), numbers.Integral):
             raise BadRow('bad point', f"'id' is a whole number, this is {p}")
         if video != ('t' in p) or video and not _is_number(p['t'], 0, 1e7):
             raise BadRow('bad point', f"a point has its second 't' in a video and nowhere else, "
@@ -1371,7 +1493,7 @@ def check_points(points, num_images, video):
         if 'image' not in p:
             continue
         image = p['image']
-        if not isinstance(image, int) or not _is_number(image, 0, num_images - 1):
+        if not isinstance(image, numbers.Integral) or not _is_number(image, 0, num_images - 1):
             raise BadRow('bad point', f"'image' is the index, from 0, of one of {num_images} "
                                       f"images, this is {p}")
 

@@ -159,15 +159,42 @@ def check_size(width, height, what):
         raise BadRow('too large', f'{what} of {width} x {height} pixels (limit {MAX_PIXELS:,})')
 
 
+def is_picture(value):
+    """Whether a record's picture is there already, and not as the path of a file."""
+    return isinstance(value, (Image.Image, np.ndarray))
+
+
+def open_picture(folder, picture):
+    """A picture of a record, as `load_image` gives it: a path relative to `folder`, or the picture
+    itself, by Pillow or as an array."""
+    if is_picture(picture):
+        return load_image(picture)
+    return load_image(open_media(folder, picture))
+
+
+def _from_array(array):
+    """An array [height, width], [height, width, 3] or [height, width, 4] of uint8, by Pillow."""
+    is_grey = array.ndim == 2
+    is_colour = array.ndim == 3 and array.shape[2] in (3, 4)
+    if array.dtype != np.uint8 or not (is_grey or is_colour):
+        raise BadRow('unreadable media', f'an array of {array.dtype} {list(array.shape)}; a picture '
+                                         'is uint8 [height, width, 3]')
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
 def load_image(source):
     """A picture, as an upright PIL image in 8-bit RGB.
 
-    source: an open file or a path. The EXIF orientation is applied, transparency becomes white,
-    16 bits are scaled to 8, and of an animation the first frame is taken. Raises BadRow if the
-    file does not exist, is no picture, is damaged or too large.
+    source: an open file, a path, a Pillow image or an array. The EXIF orientation is applied,
+    transparency becomes white, 16 bits are scaled to 8, and of an animation the first frame is
+    taken. Raises BadRow if the file does not exist, is no picture, is damaged or too large.
     """
     try:
-        image = Image.open(source)             # reads the header alone
+        image = source
+        if isinstance(source, np.ndarray):
+            image = _from_array(source)
+        elif not isinstance(source, Image.Image):
+            image = Image.open(source)         # reads the header alone
         check_size(*image.size, 'a picture')
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith('I'):         # 16 bits of grey, or 32 bits that hold 16

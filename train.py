@@ -10,7 +10,7 @@ Reads downwards: the settings; the model and its optimizers; one step (`forward_
 Ctrl-C or SIGTERM saves and exits; the same command continues, bit for bit.
 
 What lands in out_dir: step001000/ (a checkpoint that is a model: config.json, model.safetensors,
-tokenizer, and train_state/ to resume), latest, metrics.jsonl, skipped.jsonl.
+tokenizer, and train_state/ to resume), latest, metrics.jsonl, skipped.jsonl, learning.html.
 """
 import itertools
 import json
@@ -37,7 +37,8 @@ connector = 'linear'           # linear | mlp | molmo2
 pooling = 2                    # a visual token pools pooling x pooling patches of a picture
 vision_weights = ''            # folder with the tower's safetensors; '' starts it at random
 language_weights = ''          # folder with the decoder's safetensors; '' starts it at random
-tokenizer = ''            # folder with tokenizer.json; '' takes init_from's, then language_weights'
+tokenizer = ''            # folder with tokenizer.json; '' takes init_from's, then language_weights';
+#                                'bytes': a token for each byte
 train_vision = False           # parts that are not trained cost no gradients and no optimizer state
 train_connector = True
 train_language = True
@@ -46,6 +47,7 @@ residual_dropout = 0.0         # share of what each decoder block adds that is d
 # -- data
 data_dir = 'data'
 mixture = {}                 # {folder under data_dir: rate, ..}, or groups (data.py, mixture_rates)
+datasets = {}                # {name in mixture: Python object instead of a folder} (data.py, Records)
 image_size = 336               # pixels per side, after resizing
 video_size = 224               # pixels per side of a frame
 video_pooling = 4              # a visual token of a frame pools so many patches per side
@@ -107,6 +109,8 @@ log_interval = 10              # steps between reads of the device; metrics.json
 eval_interval = 1000           # steps between validations; 0 never
 eval_batches = 20              # per validation
 eval_answers = 0               # records per validation set to answer and score at each validation
+show_interval = 0              # steps between answers about one held-out picture, on the screen and in
+#                                out_dir/learning.html; 0 never
 save_interval = 5000
 keep = 3                       # checkpoints kept; 0 keeps all
 hang_after = 300               # seconds without progress after which each process says where it is
@@ -132,7 +136,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from configurator import UserError  # noqa: E402
-from data import TASKS, Dataset, Loader, Mixture, Processor, open_mixture, processor_settings  # noqa: E402
+from data import TASKS, Loader, Mixture, Processor, open_mixture, processor_settings  # noqa: E402
 from extra.hf import (is_released, load_processor, load_weights, newest, read_config, saved_settings)  # noqa: E402
 from model import VLM, full_tensor, make_config, pick_device, pick_dtype  # noqa: E402
 # rank and world_size come from torchrun's environment, so they are right before `start` joins the ranks
@@ -200,7 +204,10 @@ def build(checkpoint, dev, compute_dtype):
         model = VLM(config, fast).to(pick_dtype(master_dtype, dev))
     apply_training_settings(model)
     if parallel != 'ddp' and world_size > 1:
-        block_dtype = None if compute_dtype == torch.float32 else compute_dtype
+        # On a CPU weights travel in float32, because its LayerNorm takes no narrower weight than its
+        # input
+        is_narrow = compute_dtype != torch.float32 and dev.type != 'cpu'
+        block_dtype = compute_dtype if is_narrow else None
         shard(model, parallel == 'hsdp', block_dtype, reshard, offload)
     model.to_empty(device='cpu' if offload else dev)
     if offload and not train_vision:
@@ -494,14 +501,15 @@ def training_loader(train_mixture, processor, state):
 
 def validation_mixture(train_mixture):
     """The validation splits of the data sets that have one, at the same rates; None if none has."""
-    datasets, rates = [], []
+    held_out_sets, rates = [], []
     for dataset, rate in zip(train_mixture.datasets, train_mixture.rates):
-        if (dataset.folder / 'validation.jsonl').is_file():
-            datasets.append(Dataset(dataset.folder, 'validation'))
+        held_out = dataset.validation()
+        if held_out:
+            held_out_sets.append(held_out)
             rates.append(rate)
-    if not datasets:
+    if not held_out_sets:
         return None
-    return Mixture(datasets, rates, seed)
+    return Mixture(held_out_sets, rates, seed)
 
 
 def make_loader(data_mixture, processor, workers=0, state=None, report=None):
@@ -567,6 +575,22 @@ def validate(step, model, held_out, processor, dev, autocast, cp_group, watchdog
     return {'step': step, **{f'validation/{name}': value for name, value in result.items()}}
 
 
+def show(step, showcase, model, autocast, monitor, watchdog):
+    """Answers about one held-out picture (extra/learning.py): on the screen, in the log, and in
+    out_dir/learning.html."""
+    watchdog.at('answering about a held-out picture')
+    is_sharded = world_size > 1 and parallel != 'ddp'
+    if rank == 0 or is_sharded:              # of a sharded model every rank has a part
+        with autocast:
+            answers = showcase.answer(model)
+    if rank == 0:
+        for line in showcase.lines(answers):
+            tqdm.write(f'step {step}: {line}')
+        monitor.add({'step': step, 'shown': answers})
+        showcase.write_page(out_dir)
+    monitor.restart_clock()
+
+
 # --------------------------------------------------------------------------------------------------
 # Keeping track
 
@@ -614,11 +638,12 @@ class Log:
             if sums is not None:
                 record.update(task_losses(sums))
             self.file.write(json.dumps(record) + '\n')
+            numbers = {name: value for name, value in record.items() if not isinstance(value, dict)}
             if self.board:
-                for name, value in record.items():
+                for name, value in numbers.items():
                     self.board.add_scalar(name, value, record['step'])
             if self.wandb:
-                self.wandb.log(record, step=record['step'])
+                self.wandb.log(numbers, step=record['step'])
         self.pending = []
         self.file.flush()
         return record
@@ -757,6 +782,10 @@ def is_eval_due(step):
     return bool(eval_interval) and (step % eval_interval == 0 or step == max_steps)
 
 
+def is_show_due(step):
+    return bool(show_interval) and (step % show_interval == 0 or step == max_steps)
+
+
 def print_dry_run(dev, compute_dtype, checkpoint):
     """The settings, the plan, and what is missing for it; neither weights nor data are needed."""
     from extra.plan import planned_model, print_missing, print_plan
@@ -772,6 +801,7 @@ def main():
     from extra.checkpoint import (AsyncCheckpointer, find_checkpoint, load_state, random_state,
                                   remove_unfinished)
     from extra.kernels import compile_blocks, keep_freed_memory
+    from extra.learning import Showcase
     from extra.plan import print_plan
 
     # -- set up
@@ -786,10 +816,10 @@ def main():
     checkpoint = from_rank_0(lambda: find_checkpoint(out_dir, remote))
     if dry_run:
         return print_dry_run(dev, compute_dtype, checkpoint)
-    train_mixture = open_mixture(mixture, data_dir, seed)
-    held_out = validation_mixture(train_mixture) if eval_interval else None
+    train_mixture = open_mixture(settings, data_dir, seed)
+    held_out = validation_mixture(train_mixture) if eval_interval or show_interval else None
     if eval_interval and not held_out:
-        print(f'no dataset has a validation.jsonl in {data_dir}: no validation loss')
+        print('no dataset has a validation split: no validation loss')
     model, processor = build(checkpoint, dev, compute_dtype)
     print_plan(model, settings, dev, compute_dtype, checkpoint, world_size, local_world_size)
     model.train()
@@ -812,6 +842,7 @@ def main():
     checkpointer = AsyncCheckpointer(out_dir, keep, remote)
     watchdog = Watchdog(hang_after)
     monitor = Monitor(step, model, dev)
+    showcase = Showcase(held_out, processor) if held_out and show_interval else None
     loader = training_loader(train_mixture, processor, loader_state)
     batches = Batches(loader, loader_state, dev, watchdog)
 
@@ -833,6 +864,8 @@ def main():
         if held_out and is_eval_due(step):
             record = validate(step, model, held_out, processor, dev, autocast, cp_group, watchdog)
             monitor.add(record)
+        if showcase and is_show_due(step):
+            show(step, showcase, model, autocast, monitor, watchdog)
         if is_save_due(step) or monitor.is_stopping:
             watchdog.at('copying the checkpoint')
             rank_state = {'loader': batches.state, 'scaling': scale_state.tolist()}

@@ -317,7 +317,8 @@ def report_changes(settings, before):
     those that do not change how the model is trained."""
     harmless = (
         'max_steps', 'out_dir', 'dry_run', 'keep',
-        'log_interval', 'save_interval', 'eval_interval', 'eval_answers',
+        'log_interval', 'save_interval', 'eval_interval', 'eval_answers', 'show_interval',
+        'datasets',                          # objects; their names are in `mixture`
     )
     for name, value in settings.items():
         was = before.get(name, repr(value))

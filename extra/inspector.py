@@ -193,7 +193,7 @@ def inspect(settings, number=12):
         raise UserError("mixture is empty; give a config: python data.py config/demo_stage1.py")
     data_dir = settings['data_dir']
     draws = settings['max_steps'] * settings['batch_size'] * settings['accumulation']
-    lines = mixture_table(settings['mixture'], data_dir, draws)
+    lines = mixture_table(settings, draws)
     something_is_missing = lines[-1].startswith('*')     # the footnote of the table
     if something_is_missing:
         print('\n'.join(lines))
@@ -201,7 +201,7 @@ def inspect(settings, number=12):
               'nothing to look at before the data is there')
         return
     processor, config = make_processor(settings)
-    mixture = open_mixture(settings['mixture'], data_dir, settings['seed'])
+    mixture = open_mixture(settings, data_dir, settings['seed'])
     examples, skipped, page = read_some(mixture, processor, number)
     lengths = [len(e.tokens) for e in examples] or [0]
     mean = np.mean(lengths)
@@ -209,7 +209,7 @@ def inspect(settings, number=12):
     if is_packed:
         # A row holds several examples, so the run draws more of them than rows
         draws = int(draws * processor.seq_len / mean)
-    lines = mixture_table(settings['mixture'], data_dir, draws)
+    lines = mixture_table(settings, draws)
     lines += ['', *task_table(examples)]
     lines += ['', f'tokens an example: mean {mean:.0f}, median {np.median(lengths):.0f}, '
                   f'most {max(lengths)} of seq_len {processor.seq_len}']

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from configurator import UserError, configure, train_settings
-from data import Dataset, mixture_rates, mixture_sets
+from data import Dataset, Records, mixture_rates, mixture_sets
 from extra.hf import layout, newest, read_config
 from extra.kernels import LOGITS_CHUNK
 from model import VLM, choose_attention, make_config, pick_dtype
@@ -311,16 +311,21 @@ def fits(total, memory):
 # --------------------------------------------------------------------------------------------------
 # The mixture
 
-def mixture_table(mixture, data_dir, draws):
-    """Lines of a table, one for each data set: rows, their square root, share of the draws, draws
-    in the whole run, epochs. draws: examples of the whole run. A data set that is not there yet
-    counts with the `size` that the config gives it."""
+def mixture_table(settings, draws):
+    """Lines of a table, one for each data set of a config: rows, their square root, share of the
+    draws, draws in the whole run, epochs. draws: examples of the whole run. A data set that is not
+    there yet counts with the `size` that the config gives it."""
+    mixture = settings['mixture']
+    data_dir = settings['data_dir']
     sets = mixture_sets(mixture)
     sizes = {}
     missing = set()
     for name, options in sets.items():
         try:
-            sizes[name] = Dataset(Path(data_dir) / name).rows
+            if name in settings['datasets']:
+                sizes[name] = Records(name, settings['datasets'][name], data_dir).rows
+            else:
+                sizes[name] = Dataset(Path(data_dir) / name).rows
         except UserError:                    # it is not prepared yet
             missing.add(name)
             sizes[name] = options.get('size', 0)
@@ -373,7 +378,7 @@ def print_plan(model, settings, device, amp, checkpoint, world_size=1, local_wor
     max_steps = settings['max_steps']
     readers = world_size // cp               # processes that read rows of their own
     rows = batch_size * accumulation * readers
-    table = mixture_table(settings['mixture'], settings['data_dir'], max_steps * rows)
+    table = mixture_table(settings, max_steps * rows)
     print('\n'.join(table))
     if settings['packing']:
         print('  (draws as if a row held one example; '
@@ -444,7 +449,8 @@ def print_layout(config, settings):
 def print_missing(settings):
     """Prints the data sets and folders that a config names and that are not there."""
     data_dir = Path(settings['data_dir'])
-    paths = [data_dir / name / 'train.jsonl' for name in mixture_sets(settings['mixture'])]
+    names = [name for name in mixture_sets(settings['mixture']) if name not in settings['datasets']]
+    paths = [data_dir / name / 'train.jsonl' for name in names]
     # A checkpoint to start from holds the weights and the tokenizer
     names = ('vision_weights', 'language_weights', 'tokenizer')
     if settings['init_from']:

@@ -624,14 +624,14 @@ def test_mixture_cap_takes_a_fixed_subset(tmp_path):
     for name, n in (('a', 500), ('b', 300)):
         write(tmp_path / name, [json.dumps(talk(str(i))) for i in range(n)])
     mixture = {'g': {'rate': 1, 'sets': {'a': {'cap': 40, 'loss_weight': .5}, 'b': {}}}}
-    draws = take(data.open_mixture(mixture, tmp_path, 1).draws(), 2000)
+    draws = take(data.open_mixture({'mixture': mixture, 'datasets': {}}, tmp_path, 1).draws(), 2000)
     rows = [row for _, d, row in draws if d == 0]
     assert len(set(rows)) == 40
     assert max(rows) > 250                 # not the first ones
     for start in (0, 40, 80):
         assert len(set(rows[start:start + 40])) == 40
     mixture['gone'] = {'rate': 1, 'sets': {'c': {'size': 1600}}}
-    table = mixture_table(mixture, tmp_path, 1000)
+    table = mixture_table({'mixture': mixture, 'datasets': {}, 'data_dir': tmp_path}, 1000)
     lines = [line.split() for line in table]
     assert ['a', '40', '6', '13.37%', '134', '3.34'] in lines, table
     assert ['c', '*', '1,600', '40'] in [line[:4] for line in lines]
@@ -644,7 +644,7 @@ def test_mixture_loss_weight_and_token_weight(world, two_branches):
     (folder / 'a.png').rename(folder / 'set/a.png')
 
     def weights(**options):
-        mixture = data.open_mixture({'g': {'rate': 1, 'sets': {'set': options}}}, folder)
+        mixture = data.open_mixture({'mixture': {'g': {'rate': 1, 'sets': {'set': options}}}, 'datasets': {}}, folder)
         processor = make_processor(world, task_weights={'qa': 3.})
         reader = data.ExampleDataset(mixture, processor)
         _, example = reader[(0, 0, 0)]

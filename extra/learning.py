@@ -1,0 +1,230 @@
+"""Watching a model learn: every `show_interval` steps train.py has it answer the same questions about
+one held-out record again. The answers stand under the progress bar, and in out_dir/learning.html, a
+page that is written anew each time: the picture with the points that the model gave at each step,
+what it said, the scores of the answers, and the loss of each task.
+
+    showcase = Showcase(held_out, processor)
+    answers = showcase.answer(model)              {task: text}
+    showcase.write_page(out_dir)                  from out_dir/metrics.jsonl
+
+Nothing of the training changes: weights stay as they are, no random number of torch's is drawn, and
+the record is read from the data set itself, not by the training's loader.
+"""
+import html
+import json
+from pathlib import Path
+
+import torch
+
+from data import collate, parse_points
+from extra.engine import generate, unfuse_linears
+from extra.kernels import uncompiled
+from media import BadRow, data_url, enlarge, open_picture
+
+ASKED = ('captioning', 'pointing', 'counting', 'qa')     # tasks, one question of each, in this order
+LONGEST = 96                                             # tokens of an answer
+SEARCHED = 200                                           # records of a set that are looked at
+WIDTH, HEIGHT = 720, 240                                 # pixels of a chart
+COLOURS = ('#2a6fdb', '#d9480f', '#2b8a3e', '#862e9c', '#c2255c', '#0b7285', '#5f3dc4', '#846358')
+
+
+# --------------------------------------------------------------------------------------------------
+# Asking
+
+def choose(dataset):
+    """The record of a held-out set whose questions are of the most tasks, among its first ones:
+    (its index, the record), or None. A text or a video is not chosen."""
+    best = None
+    most = 0
+    for index in range(min(len(dataset), SEARCHED)):
+        try:
+            record = dataset[index]
+        except BadRow:
+            continue
+        tasks = {conversation.get('task') for conversation in record['conversations']}
+        number = len(tasks.intersection(ASKED))
+        if len(record['images']) == 1 and number > most:
+            best = (index, record)
+            most = number
+    return best
+
+
+class Showcase:
+    """One held-out picture with a question of each task.
+
+    held_out: the Mixture of validation sets, of which the first that has a picture is taken.
+    """
+
+    def __init__(self, held_out, processor):
+        self.processor = processor
+        self.questions = {}                  # task -> messages that end with the user's turn
+        self.wanted = {}                     # task -> the right answer, as text
+        for dataset in held_out.datasets:
+            chosen = choose(dataset)
+            if chosen:
+                break
+        else:
+            return
+        index, record = chosen
+        self.where = dataset.where(index)
+        self.picture = open_picture(dataset.folder, record['images'][0])
+        for task in ASKED:
+            for conversation in record['conversations']:
+                if conversation.get('task') != task or task in self.questions:
+                    continue
+                messages = conversation['messages']
+                last = max(i for i, message in enumerate(messages) if message['role'] == 'assistant')
+                self.questions[task] = messages[:last]
+                self.wanted[task] = processor.render_message(messages[last], task)
+
+    def __bool__(self):
+        return bool(self.questions)
+
+    def question(self, task):
+        return self.questions[task][-1]['content']
+
+    def answer(self, model):
+        """{task: the model's answer}. Of a sharded model all ranks must call this together, because
+        each block's weights are gathered from all."""
+        is_training = model.training
+        model.eval()
+        is_sharded = hasattr(model, 'unshard')
+        if is_sharded:
+            model.unshard()                  # what is in no block; blocks gather their own
+        answers = {}
+        with uncompiled(model):              # each prompt has a length of its own
+            for task, messages in self.questions.items():
+                prompt = self.processor.prompt(messages, images=[self.picture])
+                batch = collate([[prompt]], self.processor, len(prompt.tokens))
+                batch = batch.to(model.pixel_scale.device)
+                # The fast way joins weights, which are not all there in a sharded model
+                steps = model.generate(batch, LONGEST) if is_sharded else generate(model, batch, LONGEST)
+                tokens = torch.cat(list(steps)).tolist()
+                answers[task] = self.processor.decode([t for t in tokens if t != self.processor.im_end])
+        if is_sharded:
+            model.reshard()
+        else:
+            unfuse_linears(model)
+        model.train(is_training)
+        return answers
+
+    def lines(self, answers):
+        """The answers for the screen: the caption, and in a second line the others."""
+        others = []
+        for task, answer in answers.items():
+            if task != 'captioning':
+                others.append(f'{self.question(task)} {short(answer, 60)}')
+        lines = []
+        if 'captioning' in answers:
+            lines.append(short(answers['captioning'], 150))
+        if others:
+            lines.append(' | '.join(others))
+        return lines
+
+    # -- the page
+
+    def write_page(self, out_dir):
+        """Writes out_dir/learning.html from out_dir/metrics.jsonl."""
+        records = []
+        for line in (Path(out_dir) / 'metrics.jsonl').read_text().splitlines():
+            records.append(json.loads(line))
+        losses = curves(records, lambda name: name.startswith('loss/'))
+        scores = curves(records, is_score)
+        page = [
+            f"<!doctype html><meta charset='utf-8'><title>{html.escape(str(out_dir))}</title>{STYLE}",
+            f'<h1>{html.escape(str(out_dir))}: what the model says about {html.escape(self.where)}, '
+            'which it has never been shown</h1>',
+            self.card('what is right', self.wanted),
+        ]
+        for record in records:
+            if 'shown' in record:
+                page.append(self.card(f"step {record['step']}", record['shown']))
+        if scores:
+            page.append('<h2>Scores of held-out answers, %</h2>' + chart(scores, 100.))
+        if losses:
+            page.append('<h2>Loss of each task</h2>' + chart(losses))
+        temporary = Path(out_dir) / 'learning.html.tmp'
+        temporary.write_text('\n'.join(page), encoding='utf-8')
+        temporary.replace(Path(out_dir) / 'learning.html')
+
+    def card(self, title, answers):
+        """The picture with the points of an answer, and the answers beside it."""
+        points = parse_points(answers.get('pointing', ''))
+        picture = enlarge(self.picture, 192)
+        marks = []
+        for p in points:
+            x = p['x'] * picture.width
+            y = p['y'] * picture.height
+            marks.append(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="7" fill="none" stroke="black" stroke-width="4"/>'
+                         f'<circle cx="{x:.0f}" cy="{y:.0f}" r="7" fill="none" stroke="magenta" stroke-width="2"/>')
+        said = []
+        for task, answer in answers.items():
+            said.append(f'<p><i>{html.escape(self.question(task))}</i><br>{html.escape(answer)}</p>')
+        return (f'<div class="card"><h3>{html.escape(title)}</h3>'
+                f'<svg width="{picture.width}" height="{picture.height}">'
+                f'<image href="{data_url(picture)}" width="{picture.width}" height="{picture.height}"/>'
+                f"{''.join(marks)}</svg>{''.join(said)}</div>")
+
+
+STYLE = """<style>
+body { font: 14px/1.35 sans-serif; margin: 2em; max-width: 76em }
+.card { display: inline-block; vertical-align: top; width: 21em; margin: 0 1em 1em 0 }
+.card p { margin: .3em 0; overflow-wrap: anywhere }
+</style>"""
+
+
+def short(text, length):
+    """A text in one line of at most `length` characters."""
+    text = ' '.join(text.split())
+    if len(text) > length:
+        text = text[:length - 2] + '..'
+    return text
+
+
+# --------------------------------------------------------------------------------------------------
+# Charts
+
+def is_score(name):
+    """Whether a figure of metrics.jsonl is a score: 'data set/task/metric'. Of a task the metric that
+    comes first is drawn (`curves`)."""
+    return name.count('/') == 2 and not name.startswith('validation/loss')
+
+
+def curves(records, is_wanted):
+    """{name: [(step, value), ..]} of figures of metrics.jsonl. Of several metrics of one task, the
+    first."""
+    found = {}
+    first_of = {}                            # 'data set/task' -> the name of its first metric
+    for record in records:
+        for name, value in record.items():
+            bare = name.removeprefix('validation/')
+            if not is_wanted(bare) or name.startswith('validation/loss'):
+                continue
+            group = bare.rpartition('/')[0] if is_score(bare) else bare
+            if first_of.setdefault(group, bare) == bare:
+                found.setdefault(bare, []).append((record['step'], value))
+    return found
+
+
+def chart(lines, top=None):
+    """An SVG of lines {name: [(x, y), ..]} over one pair of axes, from 0 to `top` or to the largest
+    value."""
+    last = max(x for line in lines.values() for x, _ in line)
+    top = top or max(y for line in lines.values() for _, y in line)
+    drawn = [f'<svg width="{WIDTH + 260}" height="{HEIGHT + 30}" font-size="12">']
+    for i in range(5):                       # a grid with its values
+        y = HEIGHT - HEIGHT * i / 4 + 8
+        drawn.append(f'<line x1="40" x2="{WIDTH}" y1="{y}" y2="{y}" stroke="#ddd"/>'
+                     f'<text x="2" y="{y + 4}">{top * i / 4:.3g}</text>')
+    drawn.append(f'<text x="{WIDTH - 60}" y="{HEIGHT + 26}">step {last}</text>')
+    for i, (name, line) in enumerate(lines.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        places = []
+        for x, y in line:
+            right = 40 + (WIDTH - 40) * x / last
+            down = HEIGHT - HEIGHT * min(y, top) / top + 8
+            places.append(f'{right:.1f},{down:.1f}')
+        drawn.append(f'<polyline points="{" ".join(places)}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+                     f'<text x="{WIDTH + 8}" y="{20 + 16 * i}" fill="{colour}">{html.escape(name)}</text>')
+    drawn.append('</svg>')
+    return ''.join(drawn)
