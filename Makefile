@@ -1,4 +1,5 @@
-# make demo: draw the shapes world, train three stages on it, score each, ask the last one something
+# make demo: ten minutes: installs, draws, trains a model that sees, scores it, asks it something
+# make stages: the same world whole, with clocks, text, several pictures and videos: three stages from nothing, each scored
 # make test: everything the suite checks, offline once the packages are installed
 # make quick: the tests one runs while editing, under 20 seconds
 # make test-oldest: model, training and parallel tests with torch 2.11, the oldest that works, in an environment of its own
@@ -11,11 +12,25 @@ BIN := .venv/bin
 SECONDS ?= 480
 DEMO_DATA := data/shapes,data/clocks,data/shapes_text,data/shapes_many,data/clips,data/long_clips
 
-demo: .venv/run
+demo:
+	@echo "About ten minutes on two cores: installing (1), drawing (1), a tower that sees (2), a model that answers (4), scores (1)."
+	@$(MAKE) --no-print-directory .venv/run
+	$(BIN)/python prepare/shapes.py --out=data/demo --num=16000 --num_clocks=0 --num_text=0 --num_clips=0 --num_validation=300
+	$(BIN)/python prepare/tower.py config/demo.py --out=out/demo_tower
+	$(BIN)/python train.py config/demo.py
+	$(BIN)/python eval.py --checkpoint=out/demo --data=data/demo/shapes
+	$(BIN)/python sample.py --checkpoint=out/demo --image=data/demo/shapes/media/validation-000000.png --prompt="Describe this image."
+	$(BIN)/python sample.py --checkpoint=out/demo --image=data/demo/shapes/media/validation-000000.png --prompt="Point to every shape."
+	@echo
+	@echo "out/demo is a model that opens in transformers too; out/demo/learning.html shows how it learned to see,"
+	@echo "out/demo/step*/eval/report.html its answers to questions it had never seen. Three things to try next:"
+	@echo "  .venv/bin/python sample.py --checkpoint=out/demo --chat=True --image=data/demo/shapes/media/validation-000001.png   ask it"
+	@echo "  .venv/bin/python sample.py --checkpoint=out/demo --serve=8000                                                       a page"
+	@echo "  make stages                          clocks, text, several pictures and videos: all three stages, from nothing"
+
+stages: .venv/run
 	$(BIN)/python prepare/shapes.py
-	$(BIN)/python train.py config/demo_stage1.py
-	$(BIN)/python train.py config/demo_stage2.py
-	$(BIN)/python train.py config/demo_stage3.py
+	for stage in 1 2 3; do $(BIN)/python train.py config/demo_stage$$stage.py || exit 1; done
 	$(BIN)/python eval.py --checkpoint=out/demo_stage1,out/demo_stage2,out/demo_stage3 --data=$(DEMO_DATA)
 	$(BIN)/python sample.py --checkpoint=out/demo_stage3 --image=data/shapes/media/validation-000000.png --prompt="Point to every shape."
 
@@ -55,4 +70,4 @@ test-oldest: .venv/oldest/done
 	$(BIN)/pip install -q --no-deps --upgrade --target .venv/torchvision torchvision==0.28.0
 	touch $@
 
-.PHONY: demo test quick test-oldest bench gpu-check browser-check
+.PHONY: demo stages test quick test-oldest bench gpu-check browser-check

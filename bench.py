@@ -48,7 +48,7 @@ from data import Example, ExampleDataset, collate, next_row, open_mixture, pooli
 from extra.engine import generate
 from extra.hf import make_processor, save_model
 from extra.kernels import PackedTreeAttention, block_mask, compile_blocks
-from extra.plan import dtype_name, flops, memory_estimate, peak_flops, planned_model
+from extra.plan import dtype_name, flops, memory_estimate, peak_flops, planned_model, random_weights
 from media import load_image, load_video, pyav
 from model import VLM, Batch, attention, dense_mask, make_config, pick_device, pick_dtype
 
@@ -530,19 +530,6 @@ def made_up_row(settings, processor, rng):
         left -= len(picture.tokens)
     row.append(example(0, None, 0, [left]))  # text fills the row up
     return row
-
-
-@torch.no_grad()
-def random_weights(model):
-    """Fills a model with small random numbers on its own device, because drawing a billion of them
-    on a CPU (VLM.init_weights) would take longer than the bench."""
-    for name, p in model.named_parameters():
-        if name.endswith('bias'):
-            p.zero_()
-        elif 'norm' in name:
-            p.fill_(1)
-        else:
-            p.normal_(0, .02)
 
 
 def shapes_of(settings, model):

@@ -30,7 +30,6 @@ import hashlib
 import io
 import itertools
 import json
-import numbers
 import os
 import re
 import signal
@@ -38,6 +37,7 @@ import sys
 from array import array
 from dataclasses import dataclass, field
 from functools import lru_cache
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -1466,7 +1466,7 @@ def _is_message(message):
 
 def _is_number(value, low, high):
     # A bool is excluded, because Python's bool is an int
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
     return is_number and low <= value <= high
 
 
@@ -1485,7 +1485,7 @@ def check_points(points, num_images, video):
         if not isinstance(p, dict) or not all(_is_number(p.get(axis), -.05, 1.05) for axis in 'xy'):
             raise BadRow('bad point',
                          f"x and y are fractions of the picture in [0, 1], this is {p}")
-        if not isinstance(p.get('id', 1), numbers.Integral):
+        if not isinstance(p.get('id', 1), Integral):
             raise BadRow('bad point', f"'id' is a whole number, this is {p}")
         if video != ('t' in p) or video and not _is_number(p['t'], 0, 1e7):
             raise BadRow('bad point', f"a point has its second 't' in a video and nowhere else, "
@@ -1493,7 +1493,7 @@ def check_points(points, num_images, video):
         if 'image' not in p:
             continue
         image = p['image']
-        if not isinstance(image, numbers.Integral) or not _is_number(image, 0, num_images - 1):
+        if not isinstance(image, Integral) or not _is_number(image, 0, num_images - 1):
             raise BadRow('bad point', f"'image' is the index, from 0, of one of {num_images} "
                                       f"images, this is {p}")
 

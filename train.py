@@ -190,13 +190,25 @@ def check_settings(config, processor):
                         "parallel = 'ddp' and cp = 1. Else set it to 0 and give the checkpoints to eval.py")
 
 
+def finished_run(path):
+    """newest(path), where a run's folder means the run's end. UserError if the run was stopped before
+    it, because in a sequence of stages the next one would start too early."""
+    from extra.checkpoint import unfinished_steps
+    source = newest(path)
+    steps = unfinished_steps(source) if source != Path(path) else None
+    if steps:
+        raise UserError(f'{path} is not at its end, step {steps[0]} of {steps[1]}: go on with it, or name the '
+                        f'checkpoint itself, --init_from={source}')
+    return source
+
+
 def build(checkpoint, dev, compute_dtype):
     """The model with its first weights, sharded as `parallel` says, and the processor: from a
     checkpoint of this run, from init_from, or new. Each rank reads or draws only the weights that
     it holds. compute_dtype: of matrix products."""
     source = checkpoint
     if not source and init_from:
-        source = newest(init_from)
+        source = finished_run(init_from)
     config, processor = source_from_checkpoint(source) if source else source_from_settings()
     check_settings(config, processor)
     # Built without memory first (meta device), because before it is sharded a model may not fit
@@ -256,6 +268,7 @@ def make_optimizers(model):
     with AdamW, and so do norms and biases. step_optimizers sets the learning rates before each
     step.
     """
+    from extra.muon import Muon              # torch's, with small matrices in batches
     rates = {'vision': vision_learning_rate, 'connector': connector_learning_rate,
              'language': learning_rate}
     warmups = {'vision': vision_warmup_steps, 'connector': connector_warmup_steps,
@@ -279,8 +292,8 @@ def make_optimizers(model):
                                                 weight_decay=weight_decay, fused=True))
         if by_muon:
             group = {'params': by_muon, 'max_lr': muon_learning_rate or learning_rate, **common}
-            optimizers.append(torch.optim.Muon([group], lr=0., weight_decay=weight_decay,
-                                               adjust_lr_fn='match_rms_adamw'))
+            optimizers.append(Muon([group], lr=0., weight_decay=weight_decay,
+                                   adjust_lr_fn='match_rms_adamw'))
     return optimizers
 
 
@@ -660,6 +673,7 @@ class Monitor:
         self.model = model
         self.dev = dev
         self.log = Log(step)
+        self.first_step = step               # that this start of the run begins with
         self.bar = tqdm(total=max_steps, initial=step, unit='step', disable=True if rank else None)
         self.nonfinite_in_a_row = torch.zeros((), device=dev)
         self.nonfinite_in_all = torch.zeros((), device=dev)
@@ -748,8 +762,8 @@ class Monitor:
 
     def close(self, step):
         self.bar.close()
-        if not step:
-            print('nothing to do')
+        if step == self.first_step:
+            print(f'nothing to do: {out_dir} is at step {step} of {max_steps}')
             return
         minutes = (time.perf_counter() - self.started) / 60
         how = 'stopped' if self.is_stopping else 'done'

@@ -265,6 +265,16 @@ def find_checkpoint(out_dir, remote=''):
                     'Start a new run: another out_dir, or remove this one')
 
 
+def unfinished_steps(folder):
+    """(step, max_steps) of a checkpoint of a run that was stopped before its end, else None."""
+    path = folder / 'train_state' / 'state.pt'
+    if not path.is_file():                   # the weights alone, of a released model or after a clean-up
+        return None
+    state = torch.load(path, weights_only=True, map_location='cpu')
+    last = int(state['settings']['max_steps'])
+    return (state['step'], last) if state['step'] < last else None
+
+
 def load_state(folder, model, optimizers, mixture, settings, device):
     """Restores the moments and random states of a run from a checkpoint. Returns (step, state of
     this rank's Loader, its loss scale). UserError where other parts are trained than before, or by

@@ -33,7 +33,7 @@ from configurator import configure, train_settings
 from model import Batch
 from extra.engine import DecodeStep, KVCache, generate
 from extra.kernels import BLOCK, FLEX_OPTIONS, LOGITS_CHUNK, ChunkedLoss, block_mask
-from extra.plan import flops, peak_flops, planned_model
+from extra.plan import flops, peak_flops, planned_model, random_weights
 
 CUDA = torch.cuda.is_available()             # if not, all sizes below are toy sizes
 DEVICE = m.pick_device()
@@ -582,7 +582,7 @@ def decoding(say):
     model = planned_model(settings_of('config/stage1.py')).to(DTYPE)
     model = model.to_empty(device=DEVICE).eval()
     model.set_buffers(DEVICE)
-    bench.random_weights(model)
+    random_weights(model)
     model.config.eos_token_id = -1           # no answer ends by itself
     weights = sum(p.nbytes for p in model.language_model.parameters())
     # The prompt and the start take equally long for both numbers of tokens
@@ -648,7 +648,7 @@ def decoding_compiled(say):
     settings = settings_of('config/stage1.py')
     model = planned_model(settings).to(DTYPE).to_empty(device=DEVICE).eval()
     model.set_buffers(DEVICE)
-    bench.random_weights(model)
+    random_weights(model)
     config = model.config.language
     size = 512 if CUDA else 16
     weights = sum(p.nbytes for p in model.language_model.parameters())

@@ -1,26 +1,31 @@
 """What a run costs and whether it fits, before it is started: parameters, floating-point
 operations, memory, draws.
 
-    python model.py [config/stage1.py]     `main`: parameters by part, and memory with and without
-                                           recomputing
+    python model.py [config/stage1.py]     `main`: parameters by part, memory with and without
+                                           recomputing, and one forward pass
     python parallel.py config/stage3.py    `main_devices`: memory of each device by the number of
                                            devices
     python train.py ... --dry_run          `print_plan` and `print_missing`
 
-Everything here is computed from sizes and nothing is run; `make gpu-check` prints measured peaks
-beside the estimates.
+All figures are computed from sizes; `make gpu-check` prints measured peaks beside the estimates.
+Only `try_forward` runs a model, once, on a picture.
 """
 import math
+import os
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from configurator import UserError, configure, train_settings
-from data import Dataset, Records, mixture_rates, mixture_sets
-from extra.hf import layout, newest, read_config
+from data import (Dataset, Processor, Records, collate, mixture_rates, mixture_sets, normalise,
+                  processor_settings)
+from extra.hf import layout, load_weights, newest, read_config
 from extra.kernels import LOGITS_CHUNK
-from model import VLM, choose_attention, make_config, pick_dtype
+from model import VISION, VLM, choose_attention, make_config, pick_dtype
 
 # --------------------------------------------------------------------------------------------------
 # Parameters
@@ -62,6 +67,23 @@ def planned_model(settings, checkpoint=None):
         model = VLM(config)
     model.set_trained(settings)
     return model.to(pick_dtype(settings['master_dtype'], torch.device('cpu')))
+
+
+@torch.no_grad()
+def random_weights(model):
+    """Fills a model with small random numbers, on its own device. A million of them are drawn and
+    used again and again, because drawing a billion on a CPU (VLM.init_weights) takes half a minute."""
+    device = next(model.parameters()).device
+    # Its length divides no width, so that no two rows of a matrix are equal
+    block = .02 * torch.randn(2 ** 20 + 7, device=device)
+    for name, p in model.named_parameters():
+        if name.endswith('bias'):
+            p.zero_()
+        elif 'norm' in name:
+            p.fill_(1)
+        else:
+            repeats = -(-p.numel() // len(block))
+            p.copy_(block.repeat(repeats)[:p.numel()].view_as(p))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -466,14 +488,43 @@ def print_missing(settings):
 # --------------------------------------------------------------------------------------------------
 # Commands
 
+CARDS = (80, 40, 24)                         # GB of the GPUs that `main` speaks of
+
+
 def main():
-    """python model.py: prints parameters, and memory of the three stages or of a config."""
+    """python model.py: prints parameters and memory of the three stages or of a config, and runs
+    the model once."""
     settings = configure(train_settings())
     model = planned_model(settings)
     print('\n'.join(part_table(model)))
     total = count(model.parameters())
+    trained = count(p for p in model.parameters() if p.requires_grad)
     native = layout(model.config) or 'no'
-    print(f"{'all':<12}{total:>16,}          {native} layout in transformers")
+    print(f"{'all':<12}{total:>16,}          {trained:,} trained; {native} layout in transformers")
+    print_layers_left_out(model, settings)
+    print_memory_table(model, settings)
+    print()
+    try_forward(model, settings)
+
+
+def print_layers_left_out(model, settings):
+    """Says why the tower has fewer parameters than its name promises."""
+    released = settings['vision']
+    if settings['init_from']:
+        return
+    if isinstance(released, str):
+        released = VISION[released]
+    layers = model.vision_tower.encoder['layers']
+    missing = released['num_layers'] - len(layers)
+    if missing:
+        left_out = missing * count(layers[0].parameters())
+        print(f"the tower has {len(layers)} of its {released['num_layers']} layers, because what comes after "
+              f'the features is not built: {left_out / 1e6:.1f} million parameters')
+
+
+def print_memory_table(model, settings):
+    """Prints for each stage, or for the config, and each way to save memory what a GPU needs, and
+    which cards that fits."""
     # The rows a GPU and tokens a row of config/stage1.py, stage2.py and stage3.py
     stages = {'stage 1': (8, 4096), 'stage 2': (8, 4096), 'stage 3': (1, 36864)}
     if len(sys.argv) > 1:
@@ -489,11 +540,99 @@ def main():
         print(f'\nGB a device with full rows, {title}')
         for name, (rows, seq_len) in stages.items():
             patches = full_row_patches({**settings, 'seq_len': seq_len})
-            memory = memory_estimate(model, rows, seq_len, recompute, amp, patches,
-                                     compiled=compiled)
+
+            def need(rows, seq_len=seq_len, patches=patches, recompute=recompute, compiled=compiled):
+                return memory_estimate(model, rows, seq_len, recompute, amp, patches, compiled=compiled)
+            memory = need(rows)
             uses = '  '.join(f'{use} {n / 1e9:.1f}' for use, n in memory.items())
+            cards = '; '.join(card_verdict(card, rows, need) for card in CARDS)
             print(f'{name:<12}{rows:>3} x {seq_len:<7,}{uses}')
-            print(f"{'':<12}on a GPU of 80 GB: {fits(memory['total'], 80e9)}")
+            print(f"{'':<12}{cards} (with a tenth for slack)")
+
+
+def card_verdict(card, rows, need):
+    """Whether `rows` rows fit a GPU of `card` GB, or how many do. need(rows): bytes by use."""
+    for fewer in range(rows, 0, -1):
+        if SLACK * need(fewer)['total'] <= card * 1e9:
+            if fewer == rows:
+                return f'fits {card} GB'
+            return f'{fewer} of the rows fit {card} GB'
+    return f'does not fit {card} GB'
+
+
+# --------------------------------------------------------------------------------------------------
+# One forward pass
+
+def free_memory():
+    """Bytes of this machine's memory that are free, or None where the system does not say."""
+    try:
+        return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def load_what_is_there(model, settings):
+    """Fills a model with the weights that the settings name, and with random ones where their folder
+    is not there yet. Returns what was done, in words."""
+    random_weights(model)
+    wanted = [
+        ('vision', settings['vision_weights'], 'vision_tower.'),
+        ('language', settings['language_weights'], ('language_model.', 'lm_head.')),
+    ]
+    if settings['init_from']:
+        wanted = [('all', newest(settings['init_from']), '')]
+    done = []
+    for part, folder, prefixes in wanted:
+        if folder and Path(folder).is_dir():
+            load_weights(model, folder, only=prefixes)
+            done.append(f'{part} from {folder}')
+        else:
+            reason = f' ({folder} is not there)' if folder else ''
+            done.append(f'{part} at random{reason}')
+    return ', '.join(done)
+
+
+def try_forward(plan, settings):
+    """Builds the model of a plan on the CPU and runs it once, on a made-up picture and a question
+    with its answer."""
+    weights = 4 * count(plan.parameters())
+    free = free_memory()
+    if free is not None and weights > .8 * free:
+        print(f'no forward pass here: the weights take {weights / 1e9:.1f} GB of float32, and {free / 1e9:.1f} GB '
+              'are free')
+        return
+    start = time.perf_counter()
+    folders = [settings['tokenizer'], settings['language_weights']]
+    if settings['init_from']:
+        folders.insert(0, newest(settings['init_from']))
+    tokenizer = 'bytes'
+    for folder in folders:
+        if folder and (Path(folder) / 'tokenizer.json').is_file():
+            tokenizer = folder
+            break
+    processor = Processor(tokenizer, patch_size=plan.config.vision.patch_size, **processor_settings(settings))
+    config = plan.config
+    if not settings['init_from']:
+        config = replace(config, **processor.token_ids())
+    with torch.device('meta'):
+        model = VLM(config)
+    model.to_empty(device='cpu')
+    model.set_buffers()
+    source = load_what_is_there(model, settings)
+    picture = np.random.default_rng(0).integers(0, 256, (240, 320, 3), np.uint8)
+    record = normalise({'images': [picture], 'messages': [
+        {'role': 'user', 'content': 'What is in this picture?'},
+        {'role': 'assistant', 'content': 'Noise.'},
+    ]})
+    batch = collate([[processor.example(record, '.')]], processor)
+    with torch.no_grad():
+        loss, _ = model(batch)
+    loss = loss.item() / batch.total_weight
+    words = 'a byte each' if tokenizer == 'bytes' else f'tokens of {tokenizer}'
+    print(f'weights: {source}')
+    print(f'a forward pass of one picture and an answer ({words}): {batch.num_tokens} tokens, '
+          f'{len(batch.visual_index)} of them visual; loss {loss:.2f}, of a model that knows nothing '
+          f'{math.log(plan.config.language.vocab_size):.2f}; {time.perf_counter() - start:.1f} seconds with loading')
 
 
 def main_devices():

@@ -619,7 +619,7 @@ def test_all_datasets_from_hub_to_training_steps(hub, tmp_path):
                 language="{'hidden_size': 32, 'intermediate_size': 64, 'num_layers': 1, 'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 8, "
                          "'vocab_size': 1024}",
                 data_dir=tmp_path / 'data', image_size=32, video_size=32, video_pooling=2, batch_size=2, accumulation=1, max_steps=5,
-                warmup_steps=1, eval_interval=0, num_workers=0, threads=1, device='cpu', dtype='float32', seq_len=512)
+                warmup_steps=1, eval_interval=0, num_workers=0, threads=1, device='cpu', dtype='float32', seq_len=512, compile=False)
     for stage, more in ((1, dict(vision_weights='', language_weights='', tokenizer=tmp_path / 'world/shapes')),
                         (2, dict(init_from=tmp_path / 'stage1'))):
         settings = {**tiny, **more, 'out_dir': tmp_path / f'stage{stage}'}
