@@ -19,9 +19,9 @@ skips it, counts it by reason and reports its file and line. The last section ch
 
 Pixels stay uint8 all the way; they are normalised on the device (VLM.normalize in model.py).
 
-    python data.py config/demo_stage1.py    prints the mixture and examples; writes an HTML page of
+    python data.py config/demo.py           prints the mixture and examples; writes an HTML page of
                                             what the model gets
-    python data.py config/demo_stage1.py --check=data/mine
+    python data.py config/demo.py --check=data/mine
                                             reads every row as training would; prints what is wrong
                                             or odd
 """
@@ -1118,7 +1118,7 @@ def open_mixture(settings, data_dir, seed=0):
     data_dir, or Python objects that `datasets` names."""
     sets = mixture_sets(settings['mixture'])
     if not sets:
-        raise UserError("mixture is empty: name datasets and rates, as config/demo_stage1.py does")
+        raise UserError("mixture is empty: name datasets and rates, as config/demo.py does")
     opened = {}
     for name, options in sets.items():
         arguments = {}                       # the other options are for `mixture_rates`

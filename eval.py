@@ -1,6 +1,6 @@
 """Score a checkpoint on held-out data.
 
-    python eval.py --checkpoint=out/demo_stage1 --data=data/shapes,data/clocks
+    python eval.py --checkpoint=out/demo --data=data/demo/shapes
     --data=folder            its validation.jsonl; --data=some/file.jsonl works too
     --num=200                only the first 200 records of each dataset
     --checkpoint=a,b,c       each in turn, and at the end one table with a column for each
@@ -701,7 +701,7 @@ def main():
     paths = [path for path in checkpoint.split(',') if path]
     if not paths:
         raise UserError("which checkpoint? name a step folder or a run, as in "
-                        "--checkpoint=out/demo_stage1")
+                        "--checkpoint=out/demo")
     if out and len(paths) > 1:
         raise UserError(f"--out takes the results of one checkpoint, but --checkpoint names "
                         f"{len(paths)}; leave --out away, and each writes to its own folder eval/")

@@ -1,11 +1,11 @@
 """Ask a checkpoint about pictures and videos. The answer streams; its points are printed and drawn.
 
-    python sample.py --checkpoint=out/demo_stage1 --image=photo.jpg --prompt="Point to every cat."
-    python sample.py --checkpoint=out/demo_stage1 --image=a.png,b.png --prompt="What differs?"
+    python sample.py --checkpoint=out/demo --image=photo.jpg --prompt="Point to every cat."
+    python sample.py --checkpoint=out/demo --image=a.png,b.png --prompt="What differs?"
     python sample.py --checkpoint=out/demo_stage2 --video=clip.mp4 --prompt="Track the red circle."
-    python sample.py --checkpoint=out/demo_stage1 --prompt="Who are you?"      text alone
-    python sample.py --checkpoint=out/demo_stage1 --chat=True                  turn after turn
-    python sample.py --checkpoint=out/demo_stage1 --serve=8000                 a page in the browser
+    python sample.py --checkpoint=out/demo --prompt="Who are you?"      text alone
+    python sample.py --checkpoint=out/demo --chat=True                  turn after turn
+    python sample.py --checkpoint=out/demo --serve=8000                 a page in the browser
 
 The checkpoint is a step folder, a run's out_dir (which means its latest step), a released Molmo2,
 or a llava folder of others with a Qwen3 decoder.
@@ -321,7 +321,7 @@ def serve_page(conversation):
 def main():
     something_to_do = prompt or chat or serve
     if not checkpoint or not something_to_do or (image and video):
-        raise UserError('give --checkpoint=out/demo_stage1 and --prompt="..." '
+        raise UserError('give --checkpoint=out/demo and --prompt="..." '
                         '(and --image=a.jpg or --video=clip.mp4), or --chat=True or --serve=8000')
     if threads:
         torch.set_num_threads(threads)

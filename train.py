@@ -136,9 +136,9 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from configurator import UserError  # noqa: E402
-from data import TASKS, Loader, Mixture, Processor, open_mixture, processor_settings  # noqa: E402
-from extra.hf import (is_released, load_processor, load_weights, newest, read_config, saved_settings)  # noqa: E402
-from model import VLM, full_tensor, make_config, pick_device, pick_dtype  # noqa: E402
+from data import TASKS, Loader, Mixture, open_mixture  # noqa: E402
+from extra.hf import is_released, load_weights, make_processor, newest, saved_settings  # noqa: E402
+from model import VLM, full_tensor, pick_device, pick_dtype  # noqa: E402
 # rank and world_size come from torchrun's environment, so they are right before `start` joins the ranks
 from parallel import (Watchdog, cp_batches, from_rank_0, gather_objects, local_world_size, make_cp_group, rank,  # noqa: E402
                       shard, split_batch, start, sum_numbers, sum_over_ranks, world_size)
@@ -149,15 +149,9 @@ warnings.filterwarnings('ignore', message='torch.distributed is disabled')      
 # --------------------------------------------------------------------------------------------------
 # The model and its optimizers
 
-def new_config(**ids):
-    """The model Config of these settings; ids are those of the tokenizer."""
-    return make_config(vision, language, recipe=recipe, connector=connector, pooling=pooling, **ids)
-
-
 def source_from_checkpoint(source):
     """(Config, Processor) of a checkpoint folder to start from."""
-    config = read_config(source)
-    processor = load_processor(source, config, **processor_settings(settings))
+    processor, config = make_processor({**settings, 'init_from': source})
     before = {}
     if not is_released(source):              # the sizes of a released Molmo2 are its own
         before = saved_settings(source, config)
@@ -165,16 +159,6 @@ def source_from_checkpoint(source):
         if name in before and before[name] != getattr(processor, name):
             print(f'note: {name} is {before[name]!r} in {source} and {getattr(processor, name)!r} now')
     return config, processor
-
-
-def source_from_settings():
-    """(Config, Processor) of a model that is built from the settings."""
-    folder = tokenizer or language_weights
-    if not folder:
-        raise UserError("tokenizer, language_weights or init_from must name a folder with tokenizer.json")
-    patch_size = new_config().vision.patch_size
-    processor = Processor(folder, patch_size=patch_size, **processor_settings(settings))
-    return new_config(**processor.token_ids()), processor
 
 
 def check_settings(config, processor):
@@ -209,7 +193,10 @@ def build(checkpoint, dev, compute_dtype):
     source = checkpoint
     if not source and init_from:
         source = finished_run(init_from)
-    config, processor = source_from_checkpoint(source) if source else source_from_settings()
+    if source:
+        config, processor = source_from_checkpoint(source)
+    else:
+        processor, config = make_processor({**settings, 'init_from': ''})
     check_settings(config, processor)
     # Built without memory first (meta device), because before it is sharded a model may not fit
     with torch.device('meta'):

@@ -913,23 +913,22 @@ def load_checkpoint(path, **settings):
 
 
 def make_processor(settings):
-    """(Processor, model Config) for train.py's settings, without building or loading a model.
+    """(Processor, model Config) for train.py's settings, without building or loading a model: those
+    of init_from, else those that the settings describe.
 
-    bench.py and the data inspector show with it what a run will be fed before it is trained.
+    train.py, bench.py and the data inspector all have them from here, so that what is shown is what
+    a run is fed.
     """
-    source = None
     if settings['init_from']:
         source = newest(settings['init_from'])
         config = read_config(source)
-    else:
-        config = make_config(settings['vision'], settings['language'], recipe=settings['recipe'])
-    # The tokenizer is that of the checkpoint, or of the decoder that training starts from.
-    folder = settings['tokenizer'] or source or settings['language_weights']
+        return load_processor(source, config, **processor_settings(settings)), config
+    # The tokenizer is the one that is named, or that of the decoder that training starts from.
+    folder = settings['tokenizer'] or settings['language_weights']
     if not folder:
-        raise UserError("give a config, or --tokenizer=folder with tokenizer.json")
-
-    if source and is_released(source):
-        from extra.molmo2 import Molmo2Processor       # cuts pictures into overlapping crops
-        return Molmo2Processor(source, **processor_settings(settings)), config
-    options = processor_settings(settings)
-    return Processor(folder, patch_size=config.vision.patch_size, **options), config
+        raise UserError("tokenizer, language_weights or init_from must name a folder with tokenizer.json")
+    names = ('recipe', 'vision', 'language', 'connector', 'pooling')
+    sizes = {name: settings[name] for name in names}
+    patch_size = make_config(**sizes).vision.patch_size
+    processor = Processor(folder, patch_size=patch_size, **processor_settings(settings))
+    return processor, make_config(**sizes, **processor.token_ids())

@@ -1,6 +1,6 @@
 """Shows a person what the model gets.
 
-    python data.py config/demo_stage1.py
+    python data.py config/demo.py
         `inspect`: prints the mixture and writes a page of examples: pictures with their points,
         every token with its loss weight, a packed row and its mask
     python data.py CONFIG --check=data/mine
@@ -190,7 +190,7 @@ def inspect(settings, number=12):
     """Prints a config's mixture and a few examples of it; writes <out_dir>/inspect.html, with
     `number` examples."""
     if not settings['mixture']:
-        raise UserError("mixture is empty; give a config: python data.py config/demo_stage1.py")
+        raise UserError("mixture is empty; give a config: python data.py config/demo.py")
     data_dir = settings['data_dir']
     draws = settings['max_steps'] * settings['batch_size'] * settings['accumulation']
     lines = mixture_table(settings, draws)

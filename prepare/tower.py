@@ -102,12 +102,12 @@ def labelled_picture(seed, size, patches, windows, i):
 
 
 def draw(number, seed, size, patches, windows, workers):
-    """`number` labelled pictures: (pixels [number, size, size, 3], of_patches, of_windows)."""
+    """`number` labelled pictures: [pixels [number, size, size, 3], of_patches, of_windows]."""
     make = partial(labelled_picture, seed, size, patches, windows)
     with ProcessPoolExecutor(workers) as pool:
         rows = list(tqdm(pool.map(make, range(number), chunksize=64), total=number, unit='picture'))
     pixels, of_patches, of_windows = zip(*rows)
-    return np.stack(pixels), torch.from_numpy(np.stack(of_patches)), torch.from_numpy(np.stack(of_windows))
+    return [torch.from_numpy(np.stack(x)) for x in (pixels, of_patches, of_windows)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -160,18 +160,31 @@ def make_optimizers(tower, heads):
     return muon, adamw
 
 
+def mirrored(pixels, of_patches, of_windows):
+    """The same pictures seen in a mirror, with their labels. Every kind of shape stays what it is."""
+    side = round(of_patches.shape[1] ** .5)
+    windows = round(of_windows.shape[1] ** .5)
+    of_patches = of_patches.unflatten(1, (side, side)).flip(2).flatten(1, 2)
+    of_windows = of_windows.unflatten(1, (windows, windows)).flip(2).flatten(1, 2).clone()
+    of_windows[..., 2] = BINS - 1 - of_windows[..., 2]
+    return pixels.flip(2), of_patches, of_windows
+
+
 def train(vlm, pictures, steps, batch_size, seed):
-    """Trains the tower of a VLM on labelled pictures (patches, of_patches, of_windows)."""
-    patches, of_patches, of_windows = pictures
+    """Trains the tower of a VLM on labelled pictures (pixels, of_patches, of_windows), of which the
+    first HELD_OUT only measure. Returns their `accuracy`."""
     tower = vlm.vision_tower
+    p = vlm.config.vision.patch_size
     grid = (tower.embeddings.grid, tower.embeddings.grid)
     heads = Heads(vlm.config.vision.feature_size, pooling_windows(grid, vlm.config.pooling))
     dtype = pick_dtype('auto', torch.device('cpu'))
 
-    def answer(index):
-        pixels = vlm.normalize(patches[index])
-        features = tower([(pixels, grid)]).float()
-        return heads(features.unflatten(0, (len(index), -1)))
+    def answer(pixels):
+        """pixels [N, size, size, 3] uint8 -> the outputs of the heads"""
+        patches = pixels.unflatten(2, (-1, p)).unflatten(1, (-1, p))     # [N, rows, p, columns, p, 3]
+        patches = patches.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)     # [N, patches, 3 p^2]
+        features = tower([(vlm.normalize(patches), grid)]).float()
+        return heads(features.unflatten(0, (len(pixels), -1)))
     optimizers = make_optimizers(tower, heads)
     peaks = [opt.param_groups[0]['lr'] for opt in optimizers]
     generator = torch.Generator().manual_seed(seed)
@@ -180,19 +193,23 @@ def train(vlm, pictures, steps, batch_size, seed):
         scale = min(1, (step + 1) / 30) * (1 - step / steps)
         for opt, peak in zip(optimizers, peaks):
             opt.param_groups[0]['lr'] = peak * scale
-        index = torch.randint(HELD_OUT, len(patches), (batch_size,), generator=generator)
+        index = torch.randint(HELD_OUT, len(pictures[0]), (batch_size,), generator=generator)
+        batch = [x[index] for x in pictures]
+        if step % 2:                         # as many pictures again, for nothing
+            batch = mirrored(*batch)
+        pixels, of_patches, of_windows = batch
         with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
-            parts = losses(answer(index), of_patches[index], of_windows[index])
+            parts = losses(answer(pixels), of_patches, of_windows)
         sum(parts.values()).backward()
         for opt in optimizers:
             opt.step()
             opt.zero_grad()
         if step % 20 == 0:
             bar.set_postfix({name: f'{loss:.2f}' for name, loss in parts.items()})
-    index = torch.arange(HELD_OUT)
+    pixels, of_patches, of_windows = [x[:HELD_OUT] for x in pictures]
     with torch.no_grad():
-        outputs = answer(index)
-    return accuracy(outputs, of_patches[index], of_windows[index])
+        outputs = answer(pixels)
+    return accuracy(outputs, of_patches, of_windows)
 
 
 def accuracy(outputs, of_patches, of_windows):
@@ -229,8 +246,8 @@ def parse_arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='Its vision, image_size and pooling are those of the tower.')
     parser.add_argument('--out', default='out/tower', help='The folder for vision_weights.')
-    parser.add_argument('--num', type=int, default=12000, help='So many pictures are drawn.')
-    parser.add_argument('--steps', type=int, default=900)
+    parser.add_argument('--num', type=int, default=36000, help='So many pictures are drawn.')
+    parser.add_argument('--steps', type=int, default=1000)
     parser.add_argument('--batch_size', type=int, default=128, help='Pictures of a step.')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--workers', type=int, default=os.cpu_count())
@@ -249,12 +266,9 @@ def main():
     size = settings['image_size']
     side = size // config.vision.patch_size
     start = time.time()
-    pixels, of_patches, of_windows = draw(args.num + HELD_OUT, args.seed, size, side, side // config.pooling, args.workers)
-    p = config.vision.patch_size
-    patches = pixels.reshape(-1, side, p, side, p, 3).transpose(0, 1, 3, 2, 4, 5)
-    patches = torch.from_numpy(patches.reshape(len(pixels), side * side, -1))
+    pictures = draw(args.num + HELD_OUT, args.seed, size, side, side // config.pooling, args.workers)
     drawn = time.time()
-    result = train(vlm, (patches, of_patches, of_windows), args.steps, args.batch_size, args.seed)
+    result = train(vlm, pictures, args.steps, args.batch_size, args.seed)
     save_tower(vlm, args.out)
     figures = ', '.join(f'{name} {value:.3f}' for name, value in result.items())
     print(f'{args.out}: drawn in {drawn - start:.0f} s, trained in {time.time() - drawn:.0f} s; held out: {figures}')

@@ -261,6 +261,18 @@ def test_a_stage_waits_for_the_one_before(shown, tmp_path):
     assert train.finished_run(str(out)) == out / 'step000020'                                # complete
 
 
+def test_what_is_inspected_is_what_is_trained(shown):
+    """`python data.py` and `bench.py --packing` get the processor and the sizes of the run itself."""
+    from extra.hf import make_processor, read_config
+    out, _ = shown
+    folder = out / 'step000020'
+    processor, config = make_processor({**settings_of(), 'init_from': str(out), 'tokenizer': '/nonexistent'})
+    assert config == read_config(folder) and processor.resize == 'stretch'
+    more = ('--connector=mlp', '--pooling=4')
+    processor, config = make_processor(settings_of(*more))
+    assert (config.connector, config.pooling, config.image_token_id) == ('mlp', 4, processor.image_pad)
+
+
 # --------------------------------------------------------------------------------------------------
 # The tower, Muon, and python model.py
 
@@ -322,3 +334,17 @@ def test_model_py_runs_the_model_once(tmp_path):
     layer = sum(p.numel() for p in VLM(make_config(sizes, settings_of()['language'])).vision_tower.encoder['layers'][0].parameters())
     assert 'the tower has 3 of its 4 layers' in done.stdout and f'{layer / 1e6:.1f} million' in done.stdout
     assert f'vision at random ({tmp_path}/none is not there)' in done.stdout
+
+
+def test_a_picture_in_the_mirror():
+    import tower
+    pictures = [torch.from_numpy(np.stack(x)) for x in zip(*(tower.labelled_picture(0, 64, 8, 4, i) for i in range(4)))]
+    pixels, of_patches, of_windows = tower.mirrored(*pictures)
+    assert torch.equal(pixels, pictures[0].flip(2)) and not torch.equal(pixels, pictures[0])
+    for w in range(16):                                  # window w is where window w's mirror image was
+        w2 = w - w % 4 + 3 - w % 4
+        assert torch.equal(of_windows[:, w, :2], pictures[2][:, w2, :2])
+        there = of_windows[:, w, 0] < tower.NOTHING
+        assert torch.equal(of_windows[there, w, 2], 47 - pictures[2][there, w2, 2])
+    for again, first in zip(tower.mirrored(pixels, of_patches, of_windows)[:2], pictures):
+        assert torch.equal(again, first)
