@@ -15,7 +15,7 @@ DEMO_DATA := data/shapes,data/clocks,data/shapes_text,data/shapes_many,data/clip
 demo:
 	@echo "About ten minutes on two cores: installing (1), drawing (1), a tower that sees (2), a model that answers (4), scores (1)."
 	@$(MAKE) --no-print-directory .venv/run
-	$(BIN)/python prepare/shapes.py --out=data/demo --num=16000 --num_clocks=0 --num_text=0 --num_clips=0 --num_validation=300
+	$(BIN)/python prepare/shapes.py --out=data/demo --num=24000 --num_clocks=0 --num_text=0 --num_clips=0 --num_validation=300
 	$(BIN)/python prepare/tower.py config/demo.py --out=out/demo_tower
 	$(BIN)/python train.py config/demo.py
 	$(BIN)/python eval.py --checkpoint=out/demo --data=data/demo/shapes

@@ -1,6 +1,7 @@
-# The first ten minutes: a model that learns to see while you watch. `make demo` draws 16,000 pictures of shapes, trains a
-# tower that sees them (prepare/tower.py), and then this: the decoder learns to read the tower's features, to describe
-# pictures, to point, to count and to answer. config/demo_stage1.py has the same task from nothing, with clocks and text.
+# The first ten minutes: a model that learns to see while you watch. `make demo` draws 24,000 pictures of shapes and trains
+# a tower that sees them (prepare/tower.py). Then this config: the decoder learns to read the tower's features, to
+# describe pictures, to point, to count and to answer, and the tower goes on learning with it. config/demo_stage1.py has
+# the same task with clocks and text beside it.
 from config.demo_stage1 import *  # noqa: F403
 
 out_dir = 'out/demo'
@@ -8,11 +9,13 @@ data_dir = 'data/demo'
 tokenizer = 'data/demo/shapes'
 mixture = {'shapes': 1.0}
 vision_weights = 'out/demo_tower'
-# What is still hard weighs more: the tower knows colours and kinds, so captions are soon right
-task_weights = {'captioning': 1.5, 'qa': 2.0, 'counting': 4.0, 'pointing': 3.0}
-max_steps = 700
-eval_interval = 100
+# The tower knows colours and kinds, so captions are soon right. What takes longest weighs most. An answer that counts
+# has two tokens and one that points has twenty.
+task_weights = {'captioning': 2.0, 'qa': 3.0, 'counting': 10.0, 'pointing': 3.0}
+muon_learning_rate = 1.5e-3
+max_steps = 800
+eval_interval = 160
 eval_batches = 2
-eval_answers = 40
-show_interval = 50
-save_interval = 700
+eval_answers = 20
+show_interval = 80             # about every 25 seconds
+save_interval = 800
