@@ -10,23 +10,27 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SECONDS ?= 480
+SEEN_NEVER := data/demo/shapes/media/validation-000000.png
 DEMO_DATA := data/shapes,data/clocks,data/shapes_text,data/shapes_many,data/clips,data/long_clips
 
 demo:
-	@echo "About ten minutes on two cores: installing (1), drawing (1), a tower that sees (2), a model that answers (4), scores (1)."
+	@echo "About eight minutes on two cores: installing, drawing pictures (1), a tower that sees (2.5), a model that answers (4), scores."
 	@$(MAKE) --no-print-directory .venv/run
 	$(BIN)/python prepare/shapes.py --out=data/demo --num=24000 --num_clocks=0 --num_text=0 --num_clips=0 --num_validation=300
 	$(BIN)/python prepare/tower.py config/demo.py --out=out/demo_tower
 	$(BIN)/python train.py config/demo.py
 	$(BIN)/python eval.py --checkpoint=out/demo --data=data/demo/shapes
-	$(BIN)/python sample.py --checkpoint=out/demo --image=data/demo/shapes/media/validation-000000.png --prompt="Describe this image."
-	$(BIN)/python sample.py --checkpoint=out/demo --image=data/demo/shapes/media/validation-000000.png --prompt="Point to every shape."
+	$(BIN)/python sample.py --checkpoint=out/demo --image=$(SEEN_NEVER) --prompt="What do you see?"
+	$(BIN)/python sample.py --checkpoint=out/demo --image=$(SEEN_NEVER) --prompt="Point to every shape." --out_dir=out/demo
 	@echo
-	@echo "out/demo is a model that opens in transformers too; out/demo/learning.html shows how it learned to see,"
-	@echo "out/demo/step*/eval/report.html its answers to questions it had never seen. Three things to try next:"
-	@echo "  .venv/bin/python sample.py --checkpoint=out/demo --chat=True --image=data/demo/shapes/media/validation-000001.png   ask it"
-	@echo "  .venv/bin/python sample.py --checkpoint=out/demo --serve=8000                                                       a page"
-	@echo "  make stages                          clocks, text, several pictures and videos: all three stages, from nothing"
+	@echo "out/demo is the model. It opens in transformers, too, and knows the questions of its world (python data.py config/demo.py)."
+	@echo "  out/demo/learning.html               how it learned to see"
+	@echo "  out/demo/step*/eval/report.html      its answers about pictures that it had never seen"
+	@echo "  out/demo/validation-000000.points.png   the points just given, drawn"
+	@echo "Three things to try next:"
+	@echo "  .venv/bin/python sample.py --checkpoint=out/demo --chat=True --image=$(SEEN_NEVER)     ask it"
+	@echo "  .venv/bin/python sample.py --checkpoint=out/demo --serve=8000      open its page in a browser"
+	@echo "  make stages      clocks, text, several pictures and videos: three stages from nothing"
 
 stages: .venv/run
 	$(BIN)/python prepare/shapes.py

@@ -11,11 +11,11 @@ mixture = {'shapes': 1.0}
 vision_weights = 'out/demo_tower'
 # The tower knows colours and kinds, so captions are soon right. What takes longest weighs most. An answer that counts
 # has two tokens and one that points has twenty.
-task_weights = {'captioning': 2.0, 'qa': 3.0, 'counting': 10.0, 'pointing': 3.0}
+task_weights = {'captioning': 1.5, 'qa': 4.0, 'counting': 10.0, 'pointing': 3.0}
 muon_learning_rate = 1.5e-3
-max_steps = 800
-eval_interval = 160
+max_steps = 770
+eval_interval = 110
 eval_batches = 2
 eval_answers = 20
-show_interval = 80             # about every 25 seconds
-save_interval = 800
+show_interval = 70             # about every 22 seconds
+save_interval = 770

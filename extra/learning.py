@@ -140,7 +140,7 @@ class Showcase:
             if 'shown' in record:
                 page.append(self.card(f"step {record['step']}", record['shown']))
         if scores:
-            page.append('<h2>Scores of held-out answers, %</h2>' + chart(scores, 100.))
+            page.append('<h2>Scores of held-out answers</h2>' + chart(scores, 1.))
         if losses:
             page.append('<h2>Loss of each task</h2>' + chart(losses))
         temporary = Path(out_dir) / 'learning.html.tmp'
@@ -185,9 +185,9 @@ def short(text, length):
 # Charts
 
 def is_score(name):
-    """Whether a figure of metrics.jsonl is a score: 'data set/task/metric'. Of a task the metric that
-    comes first is drawn (`curves`)."""
-    return name.count('/') == 2 and not name.startswith('validation/loss')
+    """Whether a figure of metrics.jsonl is a score: 'data set/task/metric'. 'none there' is none of
+    its own here, because few questions are about what is not there."""
+    return name.count('/') == 2 and not name.endswith('/none there')
 
 
 def curves(records, is_wanted):

@@ -238,11 +238,11 @@ def test_a_text_of_the_model_stays_text():
 
 def test_curves_take_the_first_metric_of_each_task():
     records = [{'step': 1, 'loss': 2., 'loss/qa': 3.}, {'step': 2, 'loss/qa': 2.5},
-               {'step': 2, 'validation/loss': 1., 'validation/loss/qa': 2., 'validation/a/qa/accuracy': 50.,
-                'validation/a/qa/within 1': 60.}]
+               {'step': 2, 'validation/loss': 1., 'validation/loss/qa': 2., 'validation/a/qa/none there': .1,
+                'validation/a/qa/accuracy': .5, 'validation/a/qa/within 1': .6}]
     assert curves(records, lambda name: name.startswith('loss/')) == {'loss/qa': [(1, 3.), (2, 2.5)]}
     from extra.learning import is_score
-    assert curves(records, is_score) == {'a/qa/accuracy': [(2, 50.)]}
+    assert curves(records, is_score) == {'a/qa/accuracy': [(2, .5)]}
     assert 'points="380.0,128.0 720.0,8.0"' in chart({'x': [(1, 1.), (2, 2.)]})
 
 
