@@ -136,6 +136,16 @@ def summarise(rows):
     return summary
 
 
+def main_scores(summary):
+    """Of `summarise`'s entries one for each task of each data set: the first, but for 'none there',
+    because few questions are about what is not there."""
+    chosen = {}
+    for entry in summary:
+        if entry['metric'] != 'none there':
+            chosen.setdefault((entry['dataset'], entry['task']), entry)
+    return list(chosen.values())
+
+
 # --------------------------------------------------------------------------------------------------
 # Questions
 

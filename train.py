@@ -566,10 +566,11 @@ def validate(step, model, held_out, processor, dev, autocast, cp_group, watchdog
     figures = ', '.join(f'{name} {value:.3f}' for name, value in result.items())
     tqdm.write(f'step {step}: validation {figures}')
     if eval_answers:
+        from eval import main_scores
         watchdog.at('answering the validation sets')
         scores = score_answers(model, held_out, processor, autocast)
-        figures = [f"{s['dataset']}/{s['task']} {s['metric']} {s['score']:.0%}" for s in scores]
-        tqdm.write(f"step {step}: answers: {', '.join(figures)}")
+        figures = [f"{s['dataset']}/{s['task']} {s['metric']} {s['score']:.0%}" for s in main_scores(scores)]
+        tqdm.write(f"step {step}: answers {', '.join(figures)}")
         for s in scores:
             result[f"{s['dataset']}/{s['task']}/{s['metric']}"] = s['score']
     return {'step': step, **{f'validation/{name}': value for name, value in result.items()}}

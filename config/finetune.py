@@ -1,5 +1,5 @@
 # Training on your own data, a folder data/mine with train.jsonl (docs/data.md), from the demo's last checkpoint. Name
-# another checkpoint in init_from to start from that one.
+# another checkpoint in init_from to start from that one: --init_from=out/demo after `make demo` alone.
 out_dir = 'out/mine'
 init_from = 'out/demo_stage3'
 mixture = {'mine': 1.0}

@@ -19,7 +19,7 @@ import torch
 from data import collate, parse_points
 from extra.engine import generate, unfuse_linears
 from extra.kernels import uncompiled
-from media import BadRow, data_url, enlarge, open_picture
+from media import BadRow, data_url, open_picture
 
 ASKED = ('captioning', 'pointing', 'counting', 'qa')     # tasks, one question of each, in this order
 LONGEST = 96                                             # tokens of an answer
@@ -31,21 +31,42 @@ COLOURS = ('#2a6fdb', '#d9480f', '#2b8a3e', '#862e9c', '#c2255c', '#0b7285', '#5
 # --------------------------------------------------------------------------------------------------
 # Asking
 
+def number_of_points(conversation):
+    """Of the last answer of a conversation."""
+    points = conversation['messages'][-1].get('points') or {}
+    return len(points.get('points', []))
+
+
+def choose_questions(record):
+    """{task: a conversation of it}: the first one of each task in ASKED; of those that point, the one
+    with the most points, because it shows most."""
+    chosen = {}
+    for task in ASKED:
+        of_task = [c for c in record['conversations'] if c.get('task') == task]
+        if of_task:
+            chosen[task] = max(of_task, key=number_of_points)
+    return chosen
+
+
 def choose(dataset):
-    """The record of a held-out set whose questions are of the most tasks, among its first ones:
-    (its index, the record), or None. A text or a video is not chosen."""
+    """The record of a held-out set, among its first ones, whose questions are of the most tasks, and
+    of these the one with two to four points: (its index, the record), or None. A record of text or
+    of a video is not chosen."""
     best = None
-    most = 0
+    best_rank = (0, 0)
     for index in range(min(len(dataset), SEARCHED)):
         try:
             record = dataset[index]
         except BadRow:
             continue
-        tasks = {conversation.get('task') for conversation in record['conversations']}
-        number = len(tasks.intersection(ASKED))
-        if len(record['images']) == 1 and number > most:
+        if len(record['images']) != 1:
+            continue
+        chosen = choose_questions(record)
+        points = number_of_points(chosen['pointing']) if 'pointing' in chosen else 0
+        rank = (len(chosen), points if points <= 4 else 1)
+        if rank > best_rank:
             best = (index, record)
-            most = number
+            best_rank = rank
     return best
 
 
@@ -68,14 +89,11 @@ class Showcase:
         index, record = chosen
         self.where = dataset.where(index)
         self.picture = open_picture(dataset.folder, record['images'][0])
-        for task in ASKED:
-            for conversation in record['conversations']:
-                if conversation.get('task') != task or task in self.questions:
-                    continue
-                messages = conversation['messages']
-                last = max(i for i, message in enumerate(messages) if message['role'] == 'assistant')
-                self.questions[task] = messages[:last]
-                self.wanted[task] = processor.render_message(messages[last], task)
+        for task, conversation in choose_questions(record).items():
+            messages = conversation['messages']
+            last = max(i for i, message in enumerate(messages) if message['role'] == 'assistant')
+            self.questions[task] = messages[:last]
+            self.wanted[task] = processor.render_message(messages[last], task)
 
     def __bool__(self):
         return bool(self.questions)
@@ -129,6 +147,7 @@ class Showcase:
         for line in (Path(out_dir) / 'metrics.jsonl').read_text().splitlines():
             records.append(json.loads(line))
         losses = curves(records, lambda name: name.startswith('loss/'))
+        losses = {name: thinned(line) for name, line in losses.items()}
         scores = curves(records, is_score)
         page = [
             f"<!doctype html><meta charset='utf-8'><title>{html.escape(str(out_dir))}</title>{STYLE}",
@@ -148,21 +167,23 @@ class Showcase:
         temporary.replace(Path(out_dir) / 'learning.html')
 
     def card(self, title, answers):
-        """The picture with the points of an answer, and the answers beside it."""
-        points = parse_points(answers.get('pointing', ''))
-        picture = enlarge(self.picture, 192)
+        """The picture with the points of an answer, and the answers below it."""
+        picture = self.picture.copy()
+        picture.thumbnail((384, 384))        # reduced if it is larger
+        width, height = picture.size
+        radius = .035 * max(picture.size)
         marks = []
-        for p in points:
-            x = p['x'] * picture.width
-            y = p['y'] * picture.height
-            marks.append(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="7" fill="none" stroke="black" stroke-width="4"/>'
-                         f'<circle cx="{x:.0f}" cy="{y:.0f}" r="7" fill="none" stroke="magenta" stroke-width="2"/>')
+        for p in parse_points(answers.get('pointing', '')):
+            place = f'cx="{p["x"] * width:.1f}" cy="{p["y"] * height:.1f}" r="{radius:.1f}" fill="none"'
+            # A magenta ring with a black rim is seen on any ground
+            for colour, thickness in (('black', .6 * radius), ('magenta', .3 * radius)):
+                marks.append(f'<circle {place} stroke="{colour}" stroke-width="{thickness:.1f}"/>')
         said = []
         for task, answer in answers.items():
             said.append(f'<p><i>{html.escape(self.question(task))}</i><br>{html.escape(answer)}</p>')
         return (f'<div class="card"><h3>{html.escape(title)}</h3>'
-                f'<svg width="{picture.width}" height="{picture.height}">'
-                f'<image href="{data_url(picture)}" width="{picture.width}" height="{picture.height}"/>'
+                f'<svg width="250" viewBox="0 0 {width} {height}">'
+                f'<image href="{data_url(picture)}" width="{width}" height="{height}"/>'
                 f"{''.join(marks)}</svg>{''.join(said)}</div>")
 
 
@@ -206,11 +227,22 @@ def curves(records, is_wanted):
     return found
 
 
+def thinned(line, most=150):
+    """A line [(x, y), ..] of at most `most` places: the means of as many stretches of it."""
+    size = -(-len(line) // most)
+    means = []
+    for start in range(0, len(line), size):
+        stretch = line[start:start + size]
+        means.append((stretch[-1][0], sum(y for _, y in stretch) / len(stretch)))
+    return means
+
+
 def chart(lines, top=None):
-    """An SVG of lines {name: [(x, y), ..]} over one pair of axes, from 0 to `top` or to the largest
-    value."""
+    """An SVG of lines {name: [(x, y), ..]} over one pair of axes, from 0 to `top`, or to the largest
+    value but the first ones: what a new model says would make all the rest flat."""
     last = max(x for line in lines.values() for x, _ in line)
-    top = top or max(y for line in lines.values() for _, y in line)
+    if not top:
+        top = max(y for line in lines.values() for _, y in line[len(line) // 20:])
     drawn = [f'<svg width="{WIDTH + 260}" height="{HEIGHT + 30}" font-size="12">']
     for i in range(5):                       # a grid with its values
         y = HEIGHT - HEIGHT * i / 4 + 8

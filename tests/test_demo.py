@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'prepare')]
 import data  # noqa: E402
 from configurator import UserError, configure, train_settings  # noqa: E402
-from extra.learning import Showcase, chart, curves  # noqa: E402
+from extra.learning import Showcase, chart, curves, thinned  # noqa: E402
 from extra.muon import Muon  # noqa: E402
 from media import BadRow  # noqa: E402
 from model import VLM, make_config  # noqa: E402
@@ -230,7 +230,7 @@ def test_a_text_of_the_model_stays_text():
     held_out = data.Mixture([data.Records('squares', settings['datasets']['squares'], '.', 'validation')], [1.])
     showcase = Showcase(held_out, processor_of(settings))
     card = showcase.card('step 1', {'captioning': '<script>alert(1)</script>', 'pointing': '<point 0.5, 0.25, 1>'})
-    assert '<script' not in card and 'cx="96" cy="48"' in card
+    assert '<script' not in card and 'cx="32.0" cy="16.0"' in card
     assert showcase.lines({'captioning': 'a\nb' * 200, 'counting': '3'})[0].count('\n') == 0
     no_pictures = data.Mixture([data.Records('text', [question()], '.')], [1.])
     assert not Showcase(no_pictures, processor_of(settings))
@@ -244,6 +244,8 @@ def test_curves_take_the_first_metric_of_each_task():
     from extra.learning import is_score
     assert curves(records, is_score) == {'a/qa/accuracy': [(2, .5)]}
     assert 'points="380.0,128.0 720.0,8.0"' in chart({'x': [(1, 1.), (2, 2.)]})
+    long = [(step, float(step % 2)) for step in range(1, 100_001)]
+    assert len(thinned(long)) <= 150 and thinned(long)[-1] == (100_000, .5)
 
 
 def test_a_stage_waits_for_the_one_before(shown, tmp_path):
