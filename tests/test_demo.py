@@ -245,7 +245,7 @@ def test_curves_take_the_first_metric_of_each_task():
     assert curves(records, is_score) == {'a/qa/accuracy': [(2, .5)]}
     assert 'points="380.0,128.0 720.0,8.0"' in chart({'x': [(1, 1.), (2, 2.)]})
     long = [(step, float(step % 2)) for step in range(1, 100_001)]
-    assert len(thinned(long)) <= 150 and thinned(long)[-1] == (100_000, .5)
+    assert len(thinned(long)) <= 150 and thinned(long)[-1][0] == 100_000 and abs(thinned(long)[-1][1] - .5) < .01
 
 
 def test_a_stage_waits_for_the_one_before(shown, tmp_path):
