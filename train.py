@@ -255,7 +255,6 @@ def make_optimizers(model):
     with AdamW, and so do norms and biases. step_optimizers sets the learning rates before each
     step.
     """
-    from extra.muon import Muon              # torch's, with small matrices in batches
     rates = {'vision': vision_learning_rate, 'connector': connector_learning_rate,
              'language': learning_rate}
     warmups = {'vision': vision_warmup_steps, 'connector': connector_warmup_steps,
@@ -279,8 +278,8 @@ def make_optimizers(model):
                                                 weight_decay=weight_decay, fused=True))
         if by_muon:
             group = {'params': by_muon, 'max_lr': muon_learning_rate or learning_rate, **common}
-            optimizers.append(Muon([group], lr=0., weight_decay=weight_decay,
-                                   adjust_lr_fn='match_rms_adamw'))
+            optimizers.append(torch.optim.Muon([group], lr=0., weight_decay=weight_decay,
+                                               adjust_lr_fn='match_rms_adamw'))
     return optimizers
 
 

@@ -40,7 +40,6 @@ from data import pooling_windows  # noqa: E402
 from extra.hf import disk_tensors  # noqa: E402
 from extra.kernels import keep_freed_memory  # noqa: E402
 from extra.metrics import inside  # noqa: E402
-from extra.muon import Muon  # noqa: E402
 from model import VLM, make_config, pick_dtype  # noqa: E402
 from scenes import COLOURS, KINDS, background, draw_shapes, scene_of_split  # noqa: E402
 
@@ -155,7 +154,7 @@ def make_optimizers(tower, heads):
     for name, p in tower.named_parameters():
         is_matrix = p.ndim == 2 and 'position_embedding' not in name
         (matrices if is_matrix else others).append(p)
-    muon = Muon(matrices, lr=4e-3, weight_decay=0., adjust_lr_fn='match_rms_adamw')
+    muon = torch.optim.Muon(matrices, lr=4e-3, weight_decay=0., adjust_lr_fn='match_rms_adamw')
     adamw = torch.optim.AdamW(others, lr=2e-3, betas=(.9, .98), weight_decay=0., fused=True)
     return muon, adamw
 

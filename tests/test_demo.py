@@ -19,7 +19,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'prepare')]
 import data  # noqa: E402
 from configurator import UserError, configure, train_settings  # noqa: E402
 from extra.learning import Showcase, chart, curves, thinned  # noqa: E402
-from extra.muon import Muon  # noqa: E402
 from media import BadRow  # noqa: E402
 from model import VLM, make_config  # noqa: E402
 
@@ -276,7 +275,7 @@ def test_what_is_inspected_is_what_is_trained(shown):
 
 
 # --------------------------------------------------------------------------------------------------
-# The tower, Muon, and python model.py
+# The tower, and python model.py
 
 def test_labels_of_a_drawn_picture():
     import tower
@@ -305,26 +304,6 @@ def test_a_tower_is_trained_and_taken(tmp_path):
     from safetensors.torch import load_file
     tower, model = load_file(tmp_path / 'tower/model.safetensors'), load_file(tmp_path / 'run/step000001/model.safetensors')
     assert len(tower) > 20 and all(torch.equal(model[name], tensor) for name, tensor in tower.items())
-
-
-def test_muon_is_that_of_torch():
-    """Two thousand steps would drift; four show that momentum, decay and rates are the same."""
-    shapes = [(24, 24)] * 3 + [(12, 24), (24, 12), (40, 24), (24, 40)]
-    ways = []
-    for kind in (Muon, torch.optim.Muon):
-        generator = torch.Generator().manual_seed(0)
-        weights = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
-        optimizer = kind(weights, lr=.01, weight_decay=.1, adjust_lr_fn='match_rms_adamw')
-        for _ in range(4):
-            for p in weights:
-                p.grad = torch.randn(p.shape, generator=generator)
-            weights[0].grad = None                       # a matrix without a gradient stays as it is
-            optimizer.step()
-        ways.append(weights)
-    start = torch.randn(shapes[0], generator=torch.Generator().manual_seed(0))
-    assert torch.equal(ways[0][0], start)
-    for ours, theirs in zip(*ways):
-        assert (ours - theirs).norm() < 1e-3 * theirs.norm()     # bfloat16 sums in another order
 
 
 def test_model_py_runs_the_model_once(tmp_path):
