@@ -1,4 +1,4 @@
-# make demo: ten minutes: installs, draws, trains a model that sees, scores it, asks it something
+# make demo: eight minutes on two cores: installs, draws, trains a model that sees, scores it, asks it something
 # make stages: the same world whole, with clocks, text, several pictures and videos: three stages from nothing, each scored
 # make test: everything the suite checks, offline once the packages are installed
 # make quick: the tests one runs while editing, under 20 seconds
@@ -17,7 +17,7 @@ demo:
 	@echo "About eight minutes on two cores: installing, drawing pictures (1), a tower that sees (2.5), a model that answers (4), scores."
 	@$(MAKE) --no-print-directory .venv/run
 	$(BIN)/python prepare/shapes.py --out=data/demo --num=24000 --num_clocks=0 --num_text=0 --num_clips=0 --num_validation=300
-	$(BIN)/python prepare/tower.py config/demo.py --out=out/demo_tower
+	$(BIN)/python prepare/tower.py config/demo.py
 	$(BIN)/python train.py config/demo.py
 	$(BIN)/python eval.py --checkpoint=out/demo --data=data/demo/shapes
 	$(BIN)/python sample.py --checkpoint=out/demo --image=$(SEEN_NEVER) --prompt="What do you see?"
@@ -34,6 +34,7 @@ demo:
 
 stages: .venv/run
 	$(BIN)/python prepare/shapes.py
+	test -d out/demo_tower || $(BIN)/python prepare/tower.py config/demo_stage1.py
 	for stage in 1 2 3; do $(BIN)/python train.py config/demo_stage$$stage.py || exit 1; done
 	$(BIN)/python eval.py --checkpoint=out/demo_stage1,out/demo_stage2,out/demo_stage3 --data=$(DEMO_DATA)
 	$(BIN)/python sample.py --checkpoint=out/demo_stage3 --image=data/shapes/media/validation-000000.png --prompt="Point to every shape."

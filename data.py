@@ -200,14 +200,17 @@ class Records:
         self.cap = cap
         self.loss_weight = loss_weight
         self.token_weight = token_weight
+        kind = type(self.records).__name__
+        if isinstance(self.records, type):
+            raise UserError(f"datasets: '{name}' is the class {self.records.__name__} itself, not an object of it: "
+                            f"write {self.records.__name__}()")
         for method in ('__len__', '__getitem__'):
             if not hasattr(self.records, method):
-                kind = type(self.records).__name__
                 raise UserError(f"datasets: '{name}' is a {kind}, which has no {method}")
-
-    @property
-    def rows(self):
-        return len(self.records)
+        try:
+            self.rows = len(self.records)
+        except Exception as e:               # whatever the user's code raises
+            raise UserError(f"datasets: the length of '{name}', a {kind}: {type(e).__name__}: {e}") from None
 
     def __len__(self):
         return min(self.rows, self.cap or self.rows)
@@ -215,13 +218,13 @@ class Records:
     def __getitem__(self, row):
         try:
             record = self.records[row]
-        except Exception as e:               # whatever the user's code raises
+            if isinstance(record, dict):
+                # A copy, because `normalise` changes texts, and the object may keep its records
+                pictures = record.get('images')
+                record = copy.deepcopy({**record, 'images': None})
+                record['images'] = pictures
+        except Exception as e:               # likewise
             raise BadRow('error in the class', f'{type(e).__name__}: {e}') from None
-        if isinstance(record, dict):
-            # A copy, because `normalise` changes texts, and the object may keep its records
-            pictures = record.get('images')
-            record = copy.deepcopy({**record, 'images': None})
-            record['images'] = pictures
         return normalise(record)
 
     def where(self, row):
@@ -540,6 +543,8 @@ class Processor:
 
     def __setstate__(self, state):
         self.__dict__.update(state)
+        # A tokenizer travels as its JSON, which does not hold this flag
+        self.tokenizer.encode_special_tokens = True
         self._make_cache()
 
     def _grid(self, setting):
@@ -1119,6 +1124,9 @@ def open_mixture(settings, data_dir, seed=0):
     sets = mixture_sets(settings['mixture'])
     if not sets:
         raise UserError("mixture is empty: name datasets and rates, as config/demo.py does")
+    unused = set(settings['datasets']) - set(sets)
+    if unused:
+        raise UserError(f"datasets names '{min(unused)}', which mixture does not; it has {', '.join(sets)}")
     opened = {}
     for name, options in sets.items():
         arguments = {}                       # the other options are for `mixture_rates`
@@ -1393,7 +1401,7 @@ def _conversations(record):
         {'messages': [{'role': 'user', 'content': ...}, ..]}            one conversation
         {'conversations': [{'from': 'human', 'value': ...}, ..]}        LLaVA's, one conversation
     """
-    keys = ', '.join(record) or 'none'
+    keys = ', '.join(map(str, record)) or 'none'
     problem = f"neither 'conversations' nor 'messages' among its keys: {keys}"
     if 'conversations' not in record and 'messages' not in record:
         raise BadRow('schema', problem)
@@ -1412,9 +1420,9 @@ def _conversations(record):
 
 
 def _media_paths(record):
-    """(paths of images, path of the video or None). 'images', 'video' and 'videos' may each be a
-    path or a list of paths."""
-    images = _list_of_paths(record, 'images')
+    """(paths of images, path of the video or None). 'images', 'image' (LLaVA's name), 'video' and
+    'videos' may each be a path or a list of paths."""
+    images = _list_of_paths(record, 'images') or _list_of_paths(record, 'image')
     videos = _list_of_paths(record, 'videos') or _list_of_paths(record, 'video')
     for image in images:
         if not isinstance(image, str) and not is_picture(image):

@@ -37,8 +37,8 @@ connector = 'linear'           # linear | mlp | molmo2
 pooling = 2                    # a visual token pools pooling x pooling patches of a picture
 vision_weights = ''            # folder with the tower's safetensors; '' starts it at random
 language_weights = ''          # folder with the decoder's safetensors; '' starts it at random
-tokenizer = ''            # folder with tokenizer.json; '' takes init_from's, then language_weights';
-#                                'bytes': a token for each byte
+tokenizer = ''            # folder with tokenizer.json; '' takes language_weights'; 'bytes': a token for each
+#                                byte. With init_from it is that checkpoint's
 train_vision = False           # parts that are not trained cost no gradients and no optimizer state
 train_connector = True
 train_language = True
@@ -181,8 +181,8 @@ def finished_run(path):
     source = newest(path)
     steps = unfinished_steps(source) if source != Path(path) else None
     if steps:
-        raise UserError(f'{path} is not at its end, step {steps[0]} of {steps[1]}: go on with it, or name the '
-                        f'checkpoint itself, --init_from={source}')
+        raise UserError(f'{path} is not at its end, step {steps[0]} of max_steps = {steps[1]}: go on with it, or name '
+                        f'the checkpoint itself, --init_from={source}')
     return source
 
 
@@ -586,7 +586,7 @@ def show(step, showcase, model, autocast, monitor, watchdog):
     if rank == 0:
         for line in showcase.lines(answers):
             tqdm.write(f'step {step}: {line}')
-        monitor.add({'step': step, 'shown': answers})
+        monitor.add({'step': step, 'about': showcase.where, 'shown': answers})
         showcase.write_page(out_dir)
     monitor.restart_clock()
 
@@ -612,7 +612,8 @@ class Log:
                 self.board = SummaryWriter(out_dir)
             if wandb_project and not rank:
                 import wandb
-                self.wandb = wandb.init(project=wandb_project, config=settings, name=Path(out_dir).name)
+                shown = {**settings, 'datasets': list(datasets)}
+                self.wandb = wandb.init(project=wandb_project, config=shown, name=Path(out_dir).name)
         except ImportError as e:
             raise UserError(f"{e}: install it, or leave tensorboard and wandb_project alone") from None
 
@@ -790,8 +791,9 @@ def is_show_due(step):
 def print_dry_run(dev, compute_dtype, checkpoint):
     """The settings, the plan, and what is missing for it; neither weights nor data are needed."""
     from extra.plan import planned_model, print_missing, print_plan
-    for name, value in settings.items():
-        print(f'{name} = {value!r}')
+    from extra.checkpoint import as_text
+    for name, value in as_text(settings).items():
+        print(f'{name} = {value}')
     print()
     model = planned_model(settings, checkpoint)
     print_plan(model, settings, dev, compute_dtype, checkpoint, world_size, local_world_size)
@@ -843,7 +845,11 @@ def main():
     checkpointer = AsyncCheckpointer(out_dir, keep, remote)
     watchdog = Watchdog(hang_after)
     monitor = Monitor(step, model, dev)
-    showcase = Showcase(held_out, processor) if held_out and show_interval else None
+    showcase = None
+    if show_interval:
+        showcase = Showcase(held_out, processor)
+        if not showcase:
+            print('show_interval: no validation set has a picture with a question, so nothing is shown')
     loader = training_loader(train_mixture, processor, loader_state)
     batches = Batches(loader, loader_state, dev, watchdog)
 

@@ -6,6 +6,8 @@
 #
 # Squares is an example of a data set that is a Python class. It needs __len__ and __getitem__, and what it returns is a
 # record as docs/data.md describes it, whose `images` are Pillow pictures or arrays.
+import sys
+
 import numpy as np
 
 COLOURS = {'red': (220, 40, 40), 'green': (40, 170, 60), 'blue': (50, 80, 230)}
@@ -57,7 +59,7 @@ train_vision = True
 packing = True
 seq_len = 512
 batch_size = 4
-num_workers = 2
+num_workers = 2 if sys.platform == 'linux' else 0      # elsewhere a worker cannot get a class of this file
 learning_rate = 3e-3
 warmup_steps = 5
 max_steps = 20

@@ -1,4 +1,4 @@
-# The first ten minutes: a model that learns to see while you watch. `make demo` draws 24,000 pictures of shapes and trains
+# The first eight minutes: a model that learns to see while you watch. `make demo` draws 24,000 pictures of shapes and trains
 # a tower that sees them (prepare/tower.py). Then this config: the decoder learns to read the tower's features, to
 # describe pictures, to point, to count and to answer, and the tower goes on learning with it. config/demo_stage1.py has
 # the same task with clocks and text beside it.
@@ -8,11 +8,8 @@ out_dir = 'out/demo'
 data_dir = 'data/demo'
 tokenizer = 'data/demo/shapes'
 mixture = {'shapes': 1.0}
-vision_weights = 'out/demo_tower'
-# The tower knows colours and kinds, so captions are soon right. What takes longest weighs most. An answer that counts
-# has two tokens and one that points has twenty.
+# Counting weighs more than in the longer run, because it has not come as far when this one ends
 task_weights = {'captioning': 1.5, 'qa': 4.0, 'counting': 10.0, 'pointing': 3.0}
-muon_learning_rate = 1.5e-3
 max_steps = 770
 eval_interval = 110
 eval_batches = 2

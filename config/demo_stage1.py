@@ -1,5 +1,6 @@
-# Stage 1 of the demo: captions, points, counts and questions about drawn shapes and clocks, on a laptop. The data is
-# drawn by prepare/shapes.py. All parts are trained, because the weights start at random.
+# Stage 1 of the drawn world: captions, points, counts and questions about shapes and clocks, on a laptop. The data is drawn
+# by prepare/shapes.py, and the tower comes from prepare/tower.py, which has taught it shapes. All parts are trained,
+# because the decoder starts at random and the tower has never seen a clock.
 out_dir = 'out/demo_stage1'
 tokenizer = 'data/shapes'
 mixture = {'shapes': 0.87, 'clocks': 0.08, 'shapes_text': 0.05}
@@ -12,25 +13,24 @@ pooling = 2                    # 16 visual tokens per picture
 video_size = 64
 video_pooling = 2              # 16 visual tokens per frame
 max_frames = 16
+vision_weights = 'out/demo_tower'
 train_vision = True
 point_digits = 2
 seq_len = 1024
 batch_size = 6                 # rows; each holds several pictures, together about 32
 packing = True
 num_workers = 0                # a loader process would take one of two cores from the training
-# Captions weigh most, because the model learns the kinds of shapes last and from captions, and cannot find "the red
-# star" before. Pointing weighs less, because a coordinate can only be known to a few hundredths; with the default
-# weights the loss of these last digits would be three quarters of the whole loss.
-task_weights = {'captioning': 4.0, 'qa': 3.0, 'counting': 2.0, 'pointing': 2.0}
+# What takes longest weighs most, and an answer that counts has two tokens where one that points has twenty
+task_weights = {'captioning': 2.0, 'qa': 4.0, 'counting': 8.0, 'pointing': 3.0}
 optimizer = 'muon'
-muon_learning_rate = 4e-3
+muon_learning_rate = 1.5e-3
 learning_rate = 2e-3
 vision_learning_rate = 1e-3
 beta2 = 0.98
 warmup_steps = 50
-max_steps = 3600
+max_steps = 1800
 min_lr_ratio = 0.0
-eval_interval = 400
+eval_interval = 300
 eval_batches = 8
-save_interval = 400
+save_interval = 300
 keep = 0                       # 0 keeps every checkpoint; docs/curve.py draws their scores

@@ -117,7 +117,7 @@ class AsyncCheckpointer:
             'ranks': gather_objects(place)[::cp],
             'random': gather_objects(random),
             'optimizers': optimizer_signature(optimizers),
-            'settings': {name: repr(value) for name, value in settings.items()},
+            'settings': as_text(settings),
         }
         # Rank 0 keeps a copy of all weights, because it writes the model; the others only take part
         # in gathering sharded ones
@@ -265,6 +265,13 @@ def find_checkpoint(out_dir, remote=''):
                     'Start a new run: another out_dir, or remove this one')
 
 
+def as_text(settings):
+    """{name: its value as Python would write it}. Of `datasets`, which may hold millions of records,
+    only the names and what kind of object each is."""
+    kinds = {name: type(source).__name__ for name, source in settings['datasets'].items()}
+    return {name: repr(value) for name, value in {**settings, 'datasets': kinds}.items()}
+
+
 def unfinished_steps(folder):
     """(step, max_steps) of a checkpoint of a run that was stopped before its end, else None."""
     path = folder / 'train_state' / 'state.pt'
@@ -328,12 +335,11 @@ def report_changes(settings, before):
     harmless = (
         'max_steps', 'out_dir', 'dry_run', 'keep',
         'log_interval', 'save_interval', 'eval_interval', 'eval_answers', 'show_interval',
-        'datasets',                          # objects; their names are in `mixture`
     )
-    for name, value in settings.items():
-        was = before.get(name, repr(value))
-        if name not in harmless and was != repr(value):
-            print(f"note: {name} was {was} in this run's checkpoint and is {value!r} now")
+    for name, now in as_text(settings).items():
+        was = before.get(name, now)
+        if name not in harmless and was != now:
+            print(f"note: {name} was {was} in this run's checkpoint and is {now} now")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -352,8 +358,9 @@ def upload(folder, remote, keep):
         fs.makedirs(f'{target}/train_state', exist_ok=True)
         fs.put(here, there)
         fs.put_file(str(folder / INDEX), f'{target}/{INDEX}')
-        for name in ('metrics.jsonl', 'skipped.jsonl', 'latest'):
-            fs.put_file(str(folder.parent / name), f'{root}/{name}')
+        for name in ('metrics.jsonl', 'skipped.jsonl', 'learning.html', 'latest'):
+            if (folder.parent / name).exists():          # the page only with show_interval
+                fs.put_file(str(folder.parent / name), f'{root}/{name}')
         if keep:
             for old in sorted(fs.glob(f'{root}/step*'))[:-keep]:
                 fs.rm(old, recursive=True)

@@ -12,6 +12,7 @@ the record is read from the data set itself, not by the training's loader.
 """
 import html
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from media import BadRow, data_url, open_picture
 ASKED = ('captioning', 'pointing', 'counting', 'qa')     # tasks, one question of each, in this order
 LONGEST = 96                                             # tokens of an answer
 SEARCHED = 200                                           # records of a set that are looked at
+MOST_CARDS = 48                                          # of the page; of more, some are left out
 WIDTH, HEIGHT = 720, 240                                 # pixels of a chart
 COLOURS = ('#2a6fdb', '#d9480f', '#2b8a3e', '#862e9c', '#c2255c', '#0b7285', '#5f3dc4', '#846358')
 
@@ -37,63 +39,78 @@ def number_of_points(conversation):
     return len(points.get('points', []))
 
 
+def is_question(conversation):
+    """Whether a user's turn stands before the last answer, which a caption may lack."""
+    roles = [message['role'] for message in conversation['messages']]
+    last = max(i for i, role in enumerate(roles) if role == 'assistant')
+    return last > 0 and roles[last - 1] == 'user'
+
+
 def choose_questions(record):
     """{task: a conversation of it}: the first one of each task in ASKED; of those that point, the one
-    with the most points, because it shows most."""
+    with the most points, because it shows most. A conversation without a task counts as 'qa'."""
     chosen = {}
     for task in ASKED:
-        of_task = [c for c in record['conversations'] if c.get('task') == task]
+        of_task = []
+        for conversation in record['conversations']:
+            if conversation.get('task', 'qa') == task and is_question(conversation):
+                of_task.append(conversation)
         if of_task:
             chosen[task] = max(of_task, key=number_of_points)
     return chosen
 
 
 def choose(dataset):
-    """The record of a held-out set, among its first ones, whose questions are of the most tasks, and
-    of these the one with two to four points: (its index, the record), or None. A record of text or
-    of a video is not chosen."""
+    """The record of a held-out set to ask about, among its first ones: (its index, its picture, its
+    questions as `choose_questions` gives them), or None where no record with one picture has a
+    question. The more tasks the better, then the more points, up to four; more would be a thicket."""
     best = None
-    best_rank = (0, 0)
+    best_rank = (0, 0)                       # (tasks, points)
     for index in range(min(len(dataset), SEARCHED)):
         try:
             record = dataset[index]
-        except BadRow:
-            continue
-        if len(record['images']) != 1:
+            if len(record['images']) != 1:
+                continue
+            picture = open_picture(dataset.folder, record['images'][0])
+        except BadRow:                       # validation skips it likewise
             continue
         chosen = choose_questions(record)
-        points = number_of_points(chosen['pointing']) if 'pointing' in chosen else 0
-        rank = (len(chosen), points if points <= 4 else 1)
-        if rank > best_rank:
-            best = (index, record)
-            best_rank = rank
+        points = 0
+        if 'pointing' in chosen:
+            points = number_of_points(chosen['pointing'])
+        if points > 4:
+            points = 1
+        if (len(chosen), points) > best_rank:
+            best = (index, picture, chosen)
+            best_rank = (len(chosen), points)
     return best
 
 
 class Showcase:
     """One held-out picture with a question of each task.
 
-    held_out: the Mixture of validation sets, of which the first that has a picture is taken.
+    held_out: the Mixture of validation sets, or None. The first set in which `choose` finds a record
+    is taken; where none is found, the showcase is empty, and false.
     """
 
     def __init__(self, held_out, processor):
         self.processor = processor
         self.questions = {}                  # task -> messages that end with the user's turn
         self.wanted = {}                     # task -> the right answer, as text
-        for dataset in held_out.datasets:
-            chosen = choose(dataset)
-            if chosen:
-                break
-        else:
-            return
-        index, record = chosen
+        for dataset in held_out.datasets if held_out else ():
+            best = choose(dataset)
+            if best:
+                self._take(dataset, *best)
+                return
+
+    def _take(self, dataset, index, picture, chosen):
         self.where = dataset.where(index)
-        self.picture = open_picture(dataset.folder, record['images'][0])
-        for task, conversation in choose_questions(record).items():
+        self.picture = picture
+        for task, conversation in chosen.items():
             messages = conversation['messages']
             last = max(i for i, message in enumerate(messages) if message['role'] == 'assistant')
             self.questions[task] = messages[:last]
-            self.wanted[task] = processor.render_message(messages[last], task)
+            self.wanted[task] = self.processor.render_message(messages[last], task)
 
     def __bool__(self):
         return bool(self.questions)
@@ -149,14 +166,17 @@ class Showcase:
         losses = curves(records, lambda name: name.startswith('loss/'))
         losses = {name: thinned(line) for name, line in losses.items()}
         scores = curves(records, is_score)
+        # A resumed run may have other held-out data than before, and so another picture
+        shown = [record for record in records if record.get('about') == self.where]
         page = [
             f"<!doctype html><meta charset='utf-8'><title>{html.escape(str(out_dir))}</title>{STYLE}",
             f'<h1>{html.escape(str(out_dir))}: what the model says about {html.escape(self.where)}, '
             'which it has never been shown</h1>',
             self.card('what is right', self.wanted),
         ]
-        for record in records:
-            if 'shown' in record:
+        every = -(-len(shown) // MOST_CARDS)
+        for i, record in enumerate(shown):
+            if i % max(1, every) == 0 or i == len(shown) - 1:
                 page.append(self.card(f"step {record['step']}", record['shown']))
         if scores:
             page.append('<h2>Scores of held-out answers</h2>' + chart(scores, 1.))
@@ -223,7 +243,8 @@ def curves(records, is_wanted):
                 continue
             group = bare.rpartition('/')[0] if is_score(bare) else bare
             if first_of.setdefault(group, bare) == bare:
-                found.setdefault(bare, []).append((record['step'], value))
+                if math.isfinite(value):
+                    found.setdefault(bare, []).append((record['step'], value))
     return found
 
 
@@ -238,11 +259,13 @@ def thinned(line, most=150):
 
 
 def chart(lines, top=None):
-    """An SVG of lines {name: [(x, y), ..]} over one pair of axes, from 0 to `top`, or to the largest
-    value but the first ones: what a new model says would make all the rest flat."""
+    """An SVG of lines {name: [(x, y), ..]} over one pair of axes, from 0 to `top`. Without `top`, to
+    the largest value after the first twentieth of each line, because the loss of a new model is so
+    high that all that follows would lie on the axis."""
     last = max(x for line in lines.values() for x, _ in line)
     if not top:
-        top = max(y for line in lines.values() for _, y in line[len(line) // 20:])
+        late = [y for line in lines.values() for _, y in line[len(line) // 20:]]
+        top = max(late) or 1.
     drawn = [f'<svg width="{WIDTH + 260}" height="{HEIGHT + 30}" font-size="12">']
     for i in range(5):                       # a grid with its values
         y = HEIGHT - HEIGHT * i / 4 + 8

@@ -11,20 +11,18 @@ All figures are computed from sizes; `make gpu-check` prints measured peaks besi
 Only `try_forward` runs a model, once, on a picture.
 """
 import math
-import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from configurator import UserError, configure, train_settings
-from data import (Dataset, Processor, Records, collate, mixture_rates, mixture_sets, normalise,
-                  processor_settings)
-from extra.hf import layout, load_weights, newest, read_config
+from data import Dataset, Records, collate, mixture_rates, mixture_sets, normalise
+from extra.hf import layout, load_weights, make_processor, newest, read_config
 from extra.kernels import LOGITS_CHUNK
+from media import BadRow
 from model import VISION, VLM, choose_attention, make_config, pick_dtype
 
 # --------------------------------------------------------------------------------------------------
@@ -343,11 +341,11 @@ def mixture_table(settings, draws):
     sizes = {}
     missing = set()
     for name, options in sets.items():
+        if name in settings['datasets']:
+            sizes[name] = Records(name, settings['datasets'][name], data_dir).rows
+            continue
         try:
-            if name in settings['datasets']:
-                sizes[name] = Records(name, settings['datasets'][name], data_dir).rows
-            else:
-                sizes[name] = Dataset(Path(data_dir) / name).rows
+            sizes[name] = Dataset(Path(data_dir) / name).rows
         except UserError:                    # it is not prepared yet
             missing.add(name)
             sizes[name] = options.get('size', 0)
@@ -564,11 +562,15 @@ def card_verdict(card, rows, need):
 # One forward pass
 
 def free_memory():
-    """Bytes of this machine's memory that are free, or None where the system does not say."""
-    try:
-        return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    except (AttributeError, OSError, ValueError):
+    """Bytes of this machine's memory that a program may take, or None where the system (all but
+    Linux) does not say. What it uses to keep files at hand counts as free, because it gives way."""
+    path = Path('/proc/meminfo')
+    if not path.exists():
         return None
+    for line in path.read_text().splitlines():
+        if line.startswith('MemAvailable'):
+            return 1024 * int(line.split()[1])
+    return None
 
 
 def load_what_is_there(model, settings):
@@ -602,18 +604,17 @@ def try_forward(plan, settings):
               'are free')
         return
     start = time.perf_counter()
-    folders = [settings['tokenizer'], settings['language_weights']]
-    if settings['init_from']:
-        folders.insert(0, newest(settings['init_from']))
-    tokenizer = 'bytes'
-    for folder in folders:
-        if folder and (Path(folder) / 'tokenizer.json').is_file():
-            tokenizer = folder
-            break
-    processor = Processor(tokenizer, patch_size=plan.config.vision.patch_size, **processor_settings(settings))
-    config = plan.config
-    if not settings['init_from']:
-        config = replace(config, **processor.token_ids())
+    # What is not there yet, a tokenizer or a checkpoint to start from, is made up
+    there = dict(settings)
+    if settings['init_from'] and not newest(settings['init_from']).is_dir():
+        there['init_from'] = ''
+    folder = there['tokenizer'] or there['language_weights']
+    if not there['init_from'] and not (Path(folder) / 'tokenizer.json').is_file():
+        there['tokenizer'] = 'bytes'
+    processor, config = make_processor(there)
+    table_rows = config.language.vocab_size + config.language.extra_vocab_size
+    if processor.vocab_size > table_rows:
+        raise UserError(f"the tokenizer has {processor.vocab_size} tokens, the decoder's table only {table_rows} rows")
     with torch.device('meta'):
         model = VLM(config)
     model.to_empty(device='cpu')
@@ -624,11 +625,14 @@ def try_forward(plan, settings):
         {'role': 'user', 'content': 'What is in this picture?'},
         {'role': 'assistant', 'content': 'Noise.'},
     ]})
-    batch = collate([[processor.example(record, '.')]], processor)
+    try:
+        batch = collate([[processor.example(record, '.')]], processor)
+    except BadRow as e:
+        raise UserError(f'a picture and a short answer: {e}') from None
     with torch.no_grad():
         loss, _ = model(batch)
     loss = loss.item() / batch.total_weight
-    words = 'a byte each' if tokenizer == 'bytes' else f'tokens of {tokenizer}'
+    words = 'a byte each' if there['tokenizer'] == 'bytes' else 'with its tokenizer'
     print(f'weights: {source}')
     print(f'a forward pass of one picture and an answer ({words}): {batch.num_tokens} tokens, '
           f'{len(batch.visual_index)} of them visual; loss {loss:.2f}, of a model that knows nothing '

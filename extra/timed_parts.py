@@ -122,7 +122,8 @@ def watch(child, names):
             line = lines.get(timeout=max(.1, deadline - time.time()))
         except queue.Empty:
             child.kill()                     # one process, by its own number
-            give_up(now or names[0], 'hung, and was killed')
+            waiting = [name for name in names if name not in ended]
+            give_up(now or waiting[0], 'hung, and was killed')
             break
         if line is None:
             if now:

@@ -1,6 +1,6 @@
 """A vision tower that already sees the drawn world, trained in a minute or two.
 
-    python prepare/tower.py config/demo.py           writes out/tower, for vision_weights
+    python prepare/tower.py config/demo.py           writes the folder that its vision_weights names
 
 A vision-language model is seldom trained from nothing: its tower comes from CLIP or SigLIP and knows
 pictures already. Here the tower learns from drawn pictures what CLIP learns from the web's. For each
@@ -244,7 +244,8 @@ def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='Its vision, image_size and pooling are those of the tower.')
-    parser.add_argument('--out', default='out/tower', help='The folder for vision_weights.')
+    parser.add_argument('--out', default='',
+                        help="The folder for the tower; default: the config's vision_weights.")
     parser.add_argument('--num', type=int, default=36000, help='So many pictures are drawn.')
     parser.add_argument('--steps', type=int, default=1000)
     parser.add_argument('--batch_size', type=int, default=128, help='Pictures of a step.')
@@ -264,13 +265,19 @@ def main():
     vlm.init_weights(args.seed)
     size = settings['image_size']
     side = size // config.vision.patch_size
+    out = args.out or settings['vision_weights']
+    if not out:
+        raise UserError(f'name a folder, --out=.., because {args.config} has no vision_weights')
+    if size != config.vision.image_size or side % config.pooling:
+        raise UserError(f"image_size {size} must be the tower's own {config.vision.image_size}, and pooling "
+                        f'{config.pooling} must divide its {side} patches a side')
     start = time.time()
     pictures = draw(args.num + HELD_OUT, args.seed, size, side, side // config.pooling, args.workers)
     drawn = time.time()
     result = train(vlm, pictures, args.steps, args.batch_size, args.seed)
-    save_tower(vlm, args.out)
+    save_tower(vlm, out)
     figures = ', '.join(f'{name} {value:.3f}' for name, value in result.items())
-    print(f'{args.out}: drawn in {drawn - start:.0f} s, trained in {time.time() - drawn:.0f} s; held out: {figures}')
+    print(f'{out}: drawn in {drawn - start:.0f} s, trained in {time.time() - drawn:.0f} s; held out: {figures}')
 
 
 if __name__ == '__main__':

@@ -137,7 +137,7 @@ def train(out, *settings):
     """train.py as a user runs it, at the demo's size, on pictures that prepare/shapes.py has drawn."""
     data = drawn_pictures()
     command = [sys.executable, 'train.py', 'config/demo_stage1.py', "--mixture={'shapes': 1.0}", f'--data_dir={data}',
-               f'--tokenizer={data}/shapes', f'--out_dir={out}', '--eval_interval=0', '--schedule=constant',
+               f'--tokenizer={data}/shapes', '--vision_weights=', f'--out_dir={out}', '--eval_interval=0', '--schedule=constant',
                '--optimizer=adamw', '--warmup_steps=2', '--num_workers=2', '--keep=0', *settings]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:

@@ -111,9 +111,15 @@ def test_errors_of_a_class_are_counted_and_named():
         next(batches)
     assert problems[0].reason == 'error in the class' and problems[0].row.startswith('mine[')
     assert problems[0].problem.startswith("KeyError: 'no label")
-    for source, problem in ((7, "'mine' is a int, which has no __len__"), ({'test': Broken()}, "has no 'train' in it")):
+    class Endless(Broken):
+        def __len__(self):
+            raise RuntimeError('no end')
+    for source, problem in ((7, "'mine' is a int, which has no __len__"), ({'test': Broken()}, "has no 'train' in it"),
+                            (Broken, r'write Broken\(\)'), (Endless(), "the length of 'mine', a Endless: RuntimeError: no end")):
         with pytest.raises(UserError, match=problem):
             data.open_mixture({'mixture': {'mine': 1.}, 'datasets': {'mine': source}}, '.')
+    with pytest.raises(UserError, match="datasets names 'mien', which mixture does not; it has mine"):
+        data.open_mixture({'mixture': {'mine': 1.}, 'datasets': {'mien': Broken()}}, '.')
 
 
 def test_a_record_of_a_class_stays_as_it_is():
@@ -155,6 +161,7 @@ def test_a_processor_can_be_sent_to_a_worker_that_starts_anew():
     processor = processor_of(settings_of())
     sent = pickle.loads(pickle.dumps(processor))
     record = one({'images': [np.zeros((8, 8, 3), np.uint8)], **question()}).datasets[0][0]
+    record['conversations'][0]['messages'][0]['content'] = 'Is <|im_end|> a word?'           # text, no special token
     assert sent.example(record, '.').tokens == processor.example(record, '.').tokens
 
 
@@ -231,8 +238,31 @@ def test_a_text_of_the_model_stays_text():
     card = showcase.card('step 1', {'captioning': '<script>alert(1)</script>', 'pointing': '<point 0.5, 0.25, 1>'})
     assert '<script' not in card and 'cx="32.0" cy="16.0"' in card
     assert showcase.lines({'captioning': 'a\nb' * 200, 'counting': '3'})[0].count('\n') == 0
+    assert not Showcase(None, processor_of(settings))
     no_pictures = data.Mixture([data.Records('text', [question()], '.')], [1.])
     assert not Showcase(no_pictures, processor_of(settings))
+
+
+def test_what_cannot_be_shown_is_passed_over(tmp_path):
+    """A broken picture, a caption without a question; and answers about another picture, of an earlier start of the run."""
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    answer = {'role': 'assistant', 'content': 'Black.'}
+    records = [{'images': ['lost.png'], **question()}, {'images': [pixels], 'messages': [answer]},
+               {'images': [pixels], **question()}]
+    showcase = Showcase(data.Mixture([data.Records('mine', records, '.')], [1.]), processor_of(settings_of()))
+    assert showcase.where == 'mine[2]' and list(showcase.questions) == ['qa']
+    lines = [{'step': 1, 'about': 'old[0]', 'shown': {'pointing': 'gone'}}, {'step': 2, 'about': 'mine[2]', 'shown': {'qa': 'kept'}},
+             {'step': 2, 'loss/qa': float('inf')}, {'step': 3, 'loss/qa': 0.}]
+    (tmp_path / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    showcase.write_page(tmp_path)
+    page = (tmp_path / 'learning.html').read_text()
+    assert 'kept' in page and 'gone' not in page and 'nan' not in page
+
+
+def test_settings_as_text_leave_records_out():
+    from extra.checkpoint import as_text
+    text = as_text({**settings_of(), 'datasets': {'mine': [question()] * 1000}})
+    assert text['datasets'] == "{'mine': 'list'}" and text['max_steps'] == '20'
 
 
 def test_curves_take_the_first_metric_of_each_task():
@@ -256,7 +286,7 @@ def test_a_stage_waits_for_the_one_before(shown, tmp_path):
     (run_dir / 'latest').write_text('step000010')
     assert state['settings']['max_steps'] == '20'
     done = run('train.py', 'config/debug.py', f'--init_from={run_dir}', f'--out_dir={tmp_path}/next')
-    assert done.returncode == 1 and 'is not at its end, step 10 of 20: go on with it' in done.stderr
+    assert done.returncode == 1 and 'is not at its end, step 10 of max_steps = 20: go on with it' in done.stderr
     import train
     assert train.finished_run(str(run_dir / 'step000010')) == run_dir / 'step000010'         # named itself
     assert train.finished_run(str(out)) == out / 'step000020'                                # complete
