@@ -215,6 +215,10 @@ def build(checkpoint, dev, compute_dtype):
     if source:
         load_weights(model, source)
         return model, processor
+    for name, folder in (('vision_weights', vision_weights), ('language_weights', language_weights)):
+        if folder and not Path(folder).is_dir():
+            raise UserError(f"{name}: {folder} does not exist; python prepare/weights.py fetches released weights, "
+                            "python prepare/tower.py trains the demo's tower")
     model.init_weights(seed)
     if vision_weights:
         load_weights(model, vision_weights, only='vision_tower.')
