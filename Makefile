@@ -10,7 +10,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SECONDS ?= 480
-SEEN_NEVER := data/demo/shapes/media/validation-000000.png
+SEEN_NEVER := data/demo/shapes/media/validation-000006.png
 DEMO_DATA := data/shapes,data/clocks,data/shapes_text,data/shapes_many,data/clips,data/long_clips
 
 demo:
@@ -26,7 +26,7 @@ demo:
 	@echo "out/demo is the model. It opens in transformers, too, and knows the questions of its world (python data.py config/demo.py)."
 	@echo "  out/demo/learning.html               how it learned to see"
 	@echo "  out/demo/step*/eval/report.html      its answers about pictures that it had never seen"
-	@echo "  out/demo/validation-000000.points.png   the points just given, drawn"
+	@echo "  out/demo/validation-000006.points.png   the points just given, drawn"
 	@echo "Three things to try next:"
 	@echo "  .venv/bin/python sample.py --checkpoint=out/demo --chat=True --image=$(SEEN_NEVER)     ask it"
 	@echo "  .venv/bin/python sample.py --checkpoint=out/demo --serve=8000      open its page in a browser"
