@@ -223,7 +223,7 @@ class Records:
                 pictures = record.get('images')
                 record = copy.deepcopy({**record, 'images': None})
                 record['images'] = pictures
-        except Exception as e:               # likewise
+        except Exception as e:               # whatever the user's code raises
             raise BadRow('error in the class', f'{type(e).__name__}: {e}') from None
         return normalise(record)
 
@@ -1118,6 +1118,14 @@ def mixture_rates(mixture, sizes):
     return rates
 
 
+def open_dataset(name, settings, data_dir, **arguments):
+    """The training split of a data set of the mixture: the Python object that `datasets` has under
+    its name, else the folder under data_dir. arguments: cap, loss_weight, token_weight."""
+    if name in settings['datasets']:
+        return Records(name, settings['datasets'][name], data_dir, **arguments)
+    return Dataset(Path(data_dir) / name, **arguments)
+
+
 def open_mixture(settings, data_dir, seed=0):
     """The Mixture of a config's `mixture`, from the training splits of its data sets: folders under
     data_dir, or Python objects that `datasets` names."""
@@ -1133,10 +1141,7 @@ def open_mixture(settings, data_dir, seed=0):
         for key in ('cap', 'loss_weight', 'token_weight'):
             if key in options:
                 arguments[key] = options[key]
-        if name in settings['datasets']:
-            opened[name] = Records(name, settings['datasets'][name], data_dir, **arguments)
-        else:
-            opened[name] = Dataset(Path(data_dir) / name, **arguments)
+        opened[name] = open_dataset(name, settings, data_dir, **arguments)
     sizes = {name: dataset.rows for name, dataset in opened.items()}
     rates = mixture_rates(settings['mixture'], sizes)
     return Mixture(list(opened.values()), [rates[name] for name in opened], seed)
@@ -1449,6 +1454,11 @@ def _list_of_paths(record, key):
     if not isinstance(value, (list, tuple)):
         raise BadRow('schema', f"'{key}' is a list of paths, this is a {type(value).__name__}")
     return list(value)
+
+
+def last_answer(messages):
+    """The index of the last message of the assistant; a conversation of a record has one."""
+    return max(i for i, message in enumerate(messages) if message['role'] == 'assistant')
 
 
 def _check_conversation(conversation, num_images, has_video):

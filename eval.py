@@ -52,7 +52,7 @@ from tqdm import tqdm  # noqa: E402
 
 from extra.inspector import STYLE  # noqa: E402
 from extra.engine import generate  # noqa: E402
-from data import TASKS, Dataset, collate, parse_points  # noqa: E402
+from data import TASKS, Dataset, collate, last_answer, parse_points  # noqa: E402
 from extra.hf import load_checkpoint  # noqa: E402
 from media import (BadRow, data_url, draw_points, enlarge, load_image,  # noqa: E402
                    load_video, open_media, points_at, points_in_picture)
@@ -162,7 +162,7 @@ def questions(dataset, record, index):
     for n, conversation in enumerate(record['conversations']):
         messages = conversation['messages']
         # Earlier answers of a conversation are part of its prompt; only the last one is asked for.
-        last = max(i for i, message in enumerate(messages) if message['role'] == 'assistant')
+        last = last_answer(messages)
         reference = messages[last]
         answers = conversation.get('answers') or [reference['content']]
 

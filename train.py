@@ -161,12 +161,8 @@ def source_from_checkpoint(source):
     return config, processor
 
 
-def check_settings(config, processor):
+def check_settings():
     """One line for settings that do not go together."""
-    table_rows = config.language.vocab_size + config.language.extra_vocab_size
-    if processor.vocab_size > table_rows:
-        raise UserError(f"the tokenizer has {processor.vocab_size} tokens, the decoder's table only "
-                        f"{table_rows} rows")
     if parallel not in ('ddp', 'fsdp', 'hsdp'):
         raise UserError(f"parallel = '{parallel}' is not one of ddp, fsdp, hsdp")
     if eval_answers and world_size > 1 and (parallel != 'ddp' or cp > 1):
@@ -197,7 +193,7 @@ def build(checkpoint, dev, compute_dtype):
         config, processor = source_from_checkpoint(source)
     else:
         processor, config = make_processor({**settings, 'init_from': ''})
-    check_settings(config, processor)
+    check_settings()
     # Built without memory first (meta device), because before it is sharded a model may not fit
     with torch.device('meta'):
         model = VLM(config, fast).to(pick_dtype(master_dtype, dev))

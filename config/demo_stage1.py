@@ -20,7 +20,7 @@ seq_len = 1024
 batch_size = 6                 # rows; each holds several pictures, together about 32
 packing = True
 num_workers = 0                # a loader process would take one of two cores from the training
-# What takes longest weighs most, and an answer that counts has two tokens where one that points has twenty
+# Counting has the largest weight, because an answer that counts has two tokens and one that points has twenty
 task_weights = {'captioning': 2.0, 'qa': 4.0, 'counting': 8.0, 'pointing': 3.0}
 optimizer = 'muon'
 muon_learning_rate = 1.5e-3

@@ -572,6 +572,15 @@ def data_waiting(say):
 # --------------------------------------------------------------------------------------------------
 # Answers
 
+def answering_model():
+    """A model of the size of stage 1, in bfloat16 with random weights, on the device."""
+    model = planned_model(settings_of('config/stage1.py')).to(DTYPE)
+    model = model.to_empty(device=DEVICE).eval()
+    model.set_buffers(DEVICE)
+    random_weights(model)
+    return model
+
+
 def decoding(say):
     """The time of a step of greedy generation at the size of Qwen3-0.6B, for one answer and for
     eight, and of a step captured in a CUDA graph.
@@ -579,10 +588,7 @@ def decoding(say):
     A step of a large model must read all weights, so beside the time stands how many terabytes of
     weights a second that is.
     """
-    model = planned_model(settings_of('config/stage1.py')).to(DTYPE)
-    model = model.to_empty(device=DEVICE).eval()
-    model.set_buffers(DEVICE)
-    random_weights(model)
+    model = answering_model()
     model.config.eos_token_id = -1           # no answer ends by itself
     weights = sum(p.nbytes for p in model.language_model.parameters())
     # The prompt and the start take equally long for both numbers of tokens
@@ -645,10 +651,7 @@ def decoding_compiled(say):
     near a form without Python comes to reading the weights once. Two ways of compiling: torch's
     own, and with products of one row written as sums, which the compiler fuses with what stands
     around them."""
-    settings = settings_of('config/stage1.py')
-    model = planned_model(settings).to(DTYPE).to_empty(device=DEVICE).eval()
-    model.set_buffers(DEVICE)
-    random_weights(model)
+    model = answering_model()
     config = model.config.language
     size = 512 if CUDA else 16
     weights = sum(p.nbytes for p in model.language_model.parameters())

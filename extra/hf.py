@@ -922,7 +922,9 @@ def make_processor(settings):
     if settings['init_from']:
         source = newest(settings['init_from'])
         config = read_config(source)
-        return load_processor(source, config, **processor_settings(settings)), config
+        processor = load_processor(source, config, **processor_settings(settings))
+        check_vocabulary(processor, config)
+        return processor, config
     # The tokenizer is the one that is named, or that of the decoder that training starts from.
     folder = settings['tokenizer'] or settings['language_weights']
     if not folder:
@@ -931,4 +933,14 @@ def make_processor(settings):
     sizes = {name: settings[name] for name in names}
     patch_size = make_config(**sizes).vision.patch_size
     processor = Processor(folder, patch_size=patch_size, **processor_settings(settings))
-    return processor, make_config(**sizes, **processor.token_ids())
+    config = make_config(**sizes, **processor.token_ids())
+    check_vocabulary(processor, config)
+    return processor, config
+
+
+def check_vocabulary(processor, config):
+    """UserError if the tokenizer has tokens that the decoder has no embedding for."""
+    table_rows = config.language.vocab_size + config.language.extra_vocab_size
+    if processor.vocab_size > table_rows:
+        raise UserError(f"the tokenizer has {processor.vocab_size} tokens, the decoder's table only "
+                        f"{table_rows} rows")

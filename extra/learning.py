@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from data import collate, parse_points
+from data import collate, last_answer, parse_points
 from extra.engine import generate, unfuse_linears
 from extra.kernels import uncompiled
 from media import BadRow, data_url, open_picture
@@ -35,15 +35,16 @@ COLOURS = ('#2a6fdb', '#d9480f', '#2b8a3e', '#862e9c', '#c2255c', '#0b7285', '#5
 
 def number_of_points(conversation):
     """Of the last answer of a conversation."""
-    points = conversation['messages'][-1].get('points') or {}
+    messages = conversation['messages']
+    points = messages[last_answer(messages)].get('points') or {}
     return len(points.get('points', []))
 
 
 def is_question(conversation):
     """Whether a user's turn stands before the last answer, which a caption may lack."""
-    roles = [message['role'] for message in conversation['messages']]
-    last = max(i for i, role in enumerate(roles) if role == 'assistant')
-    return last > 0 and roles[last - 1] == 'user'
+    messages = conversation['messages']
+    last = last_answer(messages)
+    return last > 0 and messages[last - 1]['role'] == 'user'
 
 
 def choose_questions(record):
@@ -63,7 +64,8 @@ def choose_questions(record):
 def choose(dataset):
     """The record of a held-out set to ask about, among its first ones: (its index, its picture, its
     questions as `choose_questions` gives them), or None where no record with one picture has a
-    question. The more tasks the better, then the more points, up to four; more would be a thicket."""
+    question. The more tasks the better, then the more points. More than four count as one, because
+    the marks would hide the picture."""
     best = None
     best_rank = (0, 0)                       # (tasks, points)
     for index in range(min(len(dataset), SEARCHED)):
@@ -108,7 +110,7 @@ class Showcase:
         self.picture = picture
         for task, conversation in chosen.items():
             messages = conversation['messages']
-            last = max(i for i, message in enumerate(messages) if message['role'] == 'assistant')
+            last = last_answer(messages)
             self.questions[task] = messages[:last]
             self.wanted[task] = self.processor.render_message(messages[last], task)
 

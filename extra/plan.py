@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from configurator import UserError, configure, train_settings
-from data import Dataset, Records, collate, mixture_rates, mixture_sets, normalise
+from data import collate, mixture_rates, mixture_sets, normalise, open_dataset
 from extra.hf import layout, load_weights, make_processor, newest, read_config
 from extra.kernels import LOGITS_CHUNK
 from media import BadRow
@@ -341,12 +341,12 @@ def mixture_table(settings, draws):
     sizes = {}
     missing = set()
     for name, options in sets.items():
-        if name in settings['datasets']:
-            sizes[name] = Records(name, settings['datasets'][name], data_dir).rows
-            continue
         try:
-            sizes[name] = Dataset(Path(data_dir) / name).rows
-        except UserError:                    # it is not prepared yet
+            sizes[name] = open_dataset(name, settings, data_dir).rows
+        except UserError:
+            if name in settings['datasets']:             # an object that is no data set
+                raise
+            # The folder is not prepared yet
             missing.add(name)
             sizes[name] = options.get('size', 0)
     at_least_one = {name: max(1, size) for name, size in sizes.items()}      # no division by 0
@@ -612,9 +612,6 @@ def try_forward(plan, settings):
     if not there['init_from'] and not (Path(folder) / 'tokenizer.json').is_file():
         there['tokenizer'] = 'bytes'
     processor, config = make_processor(there)
-    table_rows = config.language.vocab_size + config.language.extra_vocab_size
-    if processor.vocab_size > table_rows:
-        raise UserError(f"the tokenizer has {processor.vocab_size} tokens, the decoder's table only {table_rows} rows")
     with torch.device('meta'):
         model = VLM(config)
     model.to_empty(device='cpu')

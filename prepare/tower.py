@@ -194,7 +194,8 @@ def train(vlm, pictures, steps, batch_size, seed):
             opt.param_groups[0]['lr'] = peak * scale
         index = torch.randint(HELD_OUT, len(pictures[0]), (batch_size,), generator=generator)
         batch = [x[index] for x in pictures]
-        if step % 2:                         # as many pictures again, for nothing
+        # Every second batch is mirrored, because the tower then sees twice as many different pictures
+        if step % 2:
             batch = mirrored(*batch)
         pixels, of_patches, of_windows = batch
         with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
